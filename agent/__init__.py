@@ -1,0 +1,1 @@
+"""Caddie's daemon: queue -> heartbeat -> ledger -> projection -> decision. Never imports torch."""

@@ -1,0 +1,140 @@
+"""Weights come back as they were; damaged, foreign and other-configuration files are refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    newest_first,
+    save_checkpoint,
+    save_model,
+)
+from trainer.config import LimitsConfig, ModelConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
+from trainer.model.gpt import GPT
+
+CONFIG = TrainConfig(
+    limits=LimitsConfig(steps=4),
+    model=ModelConfig(
+        vocab_size=16,
+        num_layers=2,
+        model_dim=8,
+        num_heads=2,
+        num_kv_heads=1,
+        recurrence=RecurrenceConfig(first=0, last=0, start_fraction=0.5),
+    ),
+)
+
+
+def checkpoint(step: int, config: TrainConfig = CONFIG) -> Checkpoint:
+    return Checkpoint(
+        config=config.to_json(),
+        step=step,
+        tokens=step * 8,
+        training_seconds=1.5,
+        wall_seconds=2.5,
+        evaluations_due=1,
+        recurrence_active=True,
+        fake_quant_active=False,
+        val_sha256="ab",
+        model=GPT(config.model).state_dict(),
+        optimizers={"muon": {"momentum": torch.ones(2)}},
+        loader={"epoch": 0},
+        rng={"cpu": torch.get_rng_state()},
+    )
+
+
+def written(folder: Path, step: int, second: int) -> Path:
+    path = save_checkpoint(folder, checkpoint(step))
+    os.utime(path, (second, second))
+    return path
+
+
+def test_a_model_file_gives_the_model_back_with_its_loop_on(tmp_path: Path) -> None:
+    model = GPT(CONFIG.model, CONFIG.export)
+    save_model(tmp_path / "model.pt", model, CONFIG)
+    loaded, config = load_model(tmp_path / "model.pt", "cpu")
+    assert config == CONFIG
+    assert loaded.recurrence_active
+    assert not loaded.fake_quant_active
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    original = checkpoint(7)
+    loaded = load_checkpoint(save_checkpoint(tmp_path, original))
+    assert (loaded.step, loaded.tokens, loaded.training_seconds, loaded.config) == (7, 56, 1.5, original.config)
+    assert torch.equal(loaded.rng["cpu"], original.rng["cpu"])
+    assert all(torch.equal(tensor, loaded.model[name]) for name, tensor in original.model.items())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign"])
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "model.pt"
+    save_model(path, GPT(CONFIG.model), CONFIG)
+    data = path.read_bytes()
+    if damage == "foreign":
+        torch.save({"format": "something else"}, path)
+    else:
+        path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(CheckpointError, match=r"model\.pt"):
+        load_model(path, "cpu")
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path / "model.pt", "cpu")
+    with pytest.raises(FileNotFoundError):
+        find_checkpoint(str(tmp_path / "step_1.pt"), tmp_path, CONFIG)
+
+
+def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(1))
+    with pytest.raises(CheckpointError, match="format caddie-model"):
+        load_model(path, "cpu")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    other = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"model_dim": 16})})
+    save_model(tmp_path / "model.pt", GPT(CONFIG.model), other)
+    with pytest.raises(CheckpointError, match="names and shapes"):
+        load_model(tmp_path / "model.pt", "cpu")
+
+
+def test_the_last_two_are_kept_and_the_one_just_written_always(tmp_path: Path) -> None:
+    for second, step in enumerate((500, 600, 700), start=1):  # an older run got further
+        written(tmp_path, step, second)
+    assert [path.name for path in newest_first(tmp_path)] == ["step_00000700.pt", "step_00000600.pt"]
+    written(tmp_path, 10, 4)
+    assert [path.name for path in newest_first(tmp_path)] == ["step_00000010.pt", "step_00000700.pt"]
+
+
+def test_auto_takes_the_newest_that_can_be_read(tmp_path: Path) -> None:
+    assert find_checkpoint(None, tmp_path, CONFIG) is None
+    assert find_checkpoint("auto", tmp_path / "nowhere", CONFIG) is None
+    written(tmp_path, 1, 1)
+    newest = written(tmp_path, 2, 2)
+    newest.write_bytes(newest.read_bytes()[:100])
+    found = find_checkpoint("auto", tmp_path, CONFIG)
+    assert found is not None
+    assert found.step == 1
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        find_checkpoint(str(newest), tmp_path, CONFIG)
+
+
+def test_another_configuration_is_refused_with_the_field(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(1))
+    other = CONFIG.model_copy(update={"optimizer": OptimizerConfig(matrix_lr=0.5)})
+    for resume in ("auto", str(path)):
+        with pytest.raises(CheckpointError, match=r"optimizer\.matrix_lr was 0\.04, now it is 0\.5"):
+            find_checkpoint(resume, tmp_path, other)

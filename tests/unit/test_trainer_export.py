@@ -1,0 +1,103 @@
+"""Export: the written bytes are proved, and what cannot be proved is not left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.artifact import pack, unpack
+from trainer.checkpoint import save_model
+from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
+from trainer.data.documents import Document, write_documents
+from trainer.data.manifest import DataSet
+from trainer.data.verbs import prepare
+from trainer.export import ExportError, export, prove
+from trainer.model.gpt import GPT
+from trainer.sizing import code_bytes, inference_files, parameter_count, predict_artifact
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    folder = tmp_path_factory.mktemp("export")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "it", "for", "a", "dog"]
+    write_documents(folder / "a.jsonl", (Document(text=" ".join(rng.choice(words, 30)) + f" {i}") for i in range(80)))
+    return prepare([folder / "a.jsonl"], folder / "data", vocab_size=VOCAB, val_bytes=900, seed=1)
+
+
+def _model(vocab_size: int = VOCAB, clip: float | None = None) -> tuple[GPT, TrainConfig]:
+    config = TrainConfig(
+        limits=LimitsConfig(steps=1),
+        model=ModelConfig(vocab_size=vocab_size, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1),
+        export=ExportConfig(clip_sigma=clip),
+    )
+    torch.manual_seed(0)
+    model = GPT(config.model, config.export)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model, config
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_export_writes_a_proved_artifact(dataset: DataSet, tmp_path: Path, clip: float | None) -> None:
+    model, config = _model(clip=clip)
+    save_model(tmp_path / "model.pt", model, config)
+    result = export(tmp_path / "model.pt", dataset, tmp_path / "out")
+    written = (tmp_path / "out" / "model.caddie").read_bytes()
+    assert result.weights_bytes == len(written)
+    assert result.code_bytes == code_bytes() == sum(len(path.read_bytes()) for path in inference_files())
+    assert result.artifact_bytes == result.weights_bytes + result.code_bytes
+    assert result.tokenizer_bytes == dataset.tokenizer_path.stat().st_size
+    assert result.params == parameter_count(config.model)
+    state = unpack(written, "it").state
+    differences = [float((state[name] - weight).abs().max()) for name, weight in model.state_dict().items()]
+    assert result.max_abs_error == max(differences) > 0
+
+
+def test_the_predicted_interval_covers_the_export(dataset: DataSet, tmp_path: Path) -> None:
+    model, config = _model()
+    save_model(tmp_path / "model.pt", model, config)
+    result = export(tmp_path / "model.pt", dataset, tmp_path / "out")
+    estimate = predict_artifact(config)
+    assert estimate.low_bytes <= result.artifact_bytes <= estimate.high_bytes
+
+
+def test_another_vocabulary_is_refused(dataset: DataSet, tmp_path: Path) -> None:
+    model, config = _model(vocab_size=VOCAB + 1)
+    save_model(tmp_path / "model.pt", model, config)
+    with pytest.raises(ExportError, match="vocabulary of 301"):
+        export(tmp_path / "model.pt", dataset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tok_emb.weight", "blocks.0.mlp.proj.weight", "blocks.0.attn_scale"])
+def test_a_tensor_off_by_the_smallest_amount_fails_the_proof(name: str) -> None:
+    model, config = _model()
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    artifact = unpack(pack(config, state, "x"), "it")
+    assert prove(artifact, state) > 0
+    altered = {**artifact.state, name: artifact.state[name].clone()}
+    flat = altered[name].view(-1)
+    flat[5] = torch.nextafter(flat[5], torch.tensor(torch.inf))
+    with pytest.raises(ExportError, match=name):
+        prove(replace(artifact, state=altered), state)
+
+
+def test_a_failed_proof_leaves_no_artifact(dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = _model()
+    save_model(tmp_path / "model.pt", model, config)
+
+    def write_damaged(path: Path, data: bytes) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    monkeypatch.setattr("trainer.export.write_whole", write_damaged)  # stands for a bad disk
+    with pytest.raises(ValueError, match="payload"):
+        export(tmp_path / "model.pt", dataset, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

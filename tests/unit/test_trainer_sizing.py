@@ -1,0 +1,105 @@
+"""Sizes before training: shapes, FLOPs, predicted bytes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainer.artifact import pack
+from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, RecurrenceConfig, TrainConfig
+from trainer.model.gpt import GPT
+from trainer.sizing import (
+    Calibration,
+    code_bytes,
+    flops_per_token,
+    parameter_count,
+    parameter_shapes,
+    peak_memory_bytes,
+    predict_artifact,
+    quantized_names,
+)
+
+
+def _config(model: ModelConfig, export: ExportConfig | None = None, batch: BatchConfig | None = None) -> TrainConfig:
+    return TrainConfig(
+        limits=LimitsConfig(steps=1), model=model, export=export or ExportConfig(), batch=batch or BatchConfig()
+    )
+
+
+SMALL = ModelConfig(vocab_size=128, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=3)
+
+
+def test_shapes_are_those_of_the_model() -> None:
+    model = GPT(SMALL)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == parameter_shapes(SMALL)
+    assert parameter_count(SMALL) == sum(parameter.numel() for parameter in model.parameters())
+    assert quantized_names(SMALL) == {name for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+
+
+def test_the_public_baseline_has_its_public_size() -> None:
+    assert parameter_count(ModelConfig()) == pytest.approx(17.1e6, rel=0.01)
+
+
+def test_flops_of_a_shape_counted_by_hand() -> None:
+    layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 2 * 192 * 64
+    assert flops_per_token(SMALL, 100, False) == 6 * (2 * layer + 128 * 64) + 2 * 6 * 100 * 64
+    looped = SMALL.model_copy(update={"recurrence": RecurrenceConfig(first=1, last=1, loops=3)})
+    assert flops_per_token(looped, 100, True) == 6 * (4 * layer + 128 * 64) + 4 * 6 * 100 * 64
+    assert flops_per_token(looped, 100, False) == flops_per_token(SMALL, 100, True)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_gaussian_weights_land_in_the_interval(bits: int, dim: int) -> None:
+    model = ModelConfig(vocab_size=256, num_layers=2, model_dim=dim, num_heads=4, num_kv_heads=2)
+    config = _config(model, ExportConfig(bits=bits))
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
+    estimate = predict_artifact(config)
+    measured = len(pack(config, state, "ab" * 32)) + code_bytes()
+    assert estimate.low_bytes <= measured <= estimate.high_bytes
+
+
+def test_an_estimate_adds_up() -> None:
+    estimate = predict_artifact(_config(ModelConfig()))
+    assert sum(size for _, _, size in estimate.by_module) + estimate.code_bytes == estimate.artifact_bytes
+    assert sum(params for _, params, _ in estimate.by_module) == parameter_count(ModelConfig())
+    assert estimate.low_bytes < estimate.artifact_bytes < estimate.high_bytes
+    assert estimate.scheme == "int6+zlib"
+    assert estimate.code_bytes == code_bytes() > 10_000
+
+
+def test_bytes_follow_bits_and_clipping() -> None:
+    sizes = [predict_artifact(_config(SMALL, ExportConfig(bits=bits))).artifact_bytes for bits in (4, 5, 6, 7, 8)]
+    assert sizes == sorted(set(sizes))
+    wide, wider = (predict_artifact(_config(SMALL, ExportConfig(clip_sigma=k))).artifact_bytes for k in (6.4, 12.8))
+    quantised = sum(math.prod(parameter_shapes(SMALL)[name]) for name in quantized_names(SMALL))
+    assert wide - wider == pytest.approx(quantised / 8, rel=0.01)
+
+
+def test_a_calibration_scales_and_narrows() -> None:
+    config = _config(ModelConfig())
+    plain, calibrated = predict_artifact(config), predict_artifact(config, Calibration(ratio=0.9, spread=0.01))
+    weights = plain.artifact_bytes - plain.code_bytes
+    assert calibrated.artifact_bytes - calibrated.code_bytes == pytest.approx(0.9 * weights, rel=1e-5)
+    assert calibrated.high_bytes - calibrated.low_bytes == pytest.approx(0.02 * 0.9 * weights, rel=1e-3)
+
+
+def test_memory_grows_with_the_micro_batch_and_loops() -> None:
+    whole = _config(ModelConfig(), batch=BatchConfig(train_batch_tokens=65536))
+    micro = _config(ModelConfig(), batch=BatchConfig(train_batch_tokens=65536, micro_batch_tokens=16384))
+    loops = ModelConfig(recurrence=RecurrenceConfig(first=3, last=5, loops=3))
+    looped = _config(loops, batch=BatchConfig(train_batch_tokens=65536))
+    assert peak_memory_bytes(micro) < peak_memory_bytes(whole) < peak_memory_bytes(looped)
+
+
+def test_the_face_of_the_trainer_is_torch_free() -> None:
+    program = (
+        "import sys, trainer.sizing, trainer.config, trainer.report\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'imports torch or numpy'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

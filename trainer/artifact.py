@@ -1,0 +1,222 @@
+"""The artifact: one self-describing file that holds a trained model, and nothing that could run.
+
+    8 bytes   magic, with the format's version as its last byte
+    4 bytes   little-endian length of the manifest
+    32 bytes  SHA-256 of the manifest
+    manifest  JSON, deflated: config, tensor table, lengths and SHA-256 of the payload
+    payload   one stream of integers per matrix, then one stream of fp16 numbers (row scales and vectors)
+
+A reader checks every length against the file and every shape against the config before it allocates, and both
+hashes before it believes; whatever is wrong is an ArtifactError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.model.gpt import GPT
+from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
+from trainer.quantization.rounding import dequantize, largest_value, quantize
+from trainer.sizing import parameter_shapes, quantized_names, scheme_name
+
+MAGIC = b"caddie\x00\x01"
+_LENGTH_BYTES = 4
+_DIGEST_BYTES = 32
+_FRAME_BYTES = len(MAGIC) + _LENGTH_BYTES + _DIGEST_BYTES
+_MAX_MANIFEST_BYTES = 1 << 20
+
+
+class ArtifactError(ValueError):
+    """A file that is not a whole, unaltered artifact. Names the file and what is wrong with it."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorEntry(_Value):
+    """A tensor's place: a matrix has `length` bytes of integers at `offset`; scales or elements begin at `half`."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int = Field(description="16 is fp16, unquantised.")
+    offset: int = Field(ge=0, description="From the beginning of the payload.")
+    length: int = Field(ge=0)
+    half: int = Field(ge=0, description="Index of the first fp16 number.")
+
+
+class ArtifactManifest(_Value):
+    scheme: str
+    config: str = Field(description="JSON of the TrainConfig.")
+    vocab_size: int
+    tokenizer_sha256: str
+    tensors: tuple[TensorEntry, ...]
+    halves_offset: int = Field(ge=0)
+    halves_length: int = Field(ge=0)
+    halves: int = Field(ge=0, description="How many fp16 numbers there are.")
+    payload_bytes: int = Field(ge=0)
+    payload_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """What an artifact's bytes say. `state` maps every parameter's name to its dequantised fp32 tensor."""
+
+    config: TrainConfig
+    manifest: ArtifactManifest
+    state: Mapping[str, Tensor]
+    sha256: str
+
+    def model(self, device: torch.device | str) -> GPT:
+        """The model as it is scored: dequantised weights, recurrence on where the config has it."""
+        model = GPT(self.config.model)
+        model.load_state_dict(dict(self.state))
+        model.set_recurrence(True)
+        return model.to(device).eval()
+
+
+def pack(config: TrainConfig, state: Mapping[str, Tensor], tokenizer_sha256: str) -> bytes:
+    """The artifact's bytes: matrices quantised as `config.export` says, vectors in fp16.
+
+    Raises ValueError if the tensors are not those of the config, or a number is not finite in fp16.
+    """
+    shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != shapes:
+        odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise ValueError(f"the weights are not those of their config: {', '.join(odd)}")
+    entries: list[TensorEntry] = []
+    streams: list[bytes] = []
+    halves: list[Tensor] = []
+    offset = half = 0
+    for name, shape in shapes.items():
+        if name in quantized:
+            values, numbers = quantize(state[name].cpu(), config.export.bits, config.export.clip_sigma)
+            stream, bits = encode(values.numpy().tobytes()), config.export.bits
+        else:
+            numbers, stream, bits = _as_half(name, state[name]), b"", 16
+        entries.append(TensorEntry(name=name, shape=shape, bits=bits, offset=offset, length=len(stream), half=half))
+        streams.append(stream)
+        halves.append(numbers)
+        offset, half = offset + len(stream), half + numbers.numel()
+    streams.append(encode_halves(torch.cat(halves).numpy().astype("<f2").tobytes()))
+    payload = b"".join(streams)
+    manifest = ArtifactManifest(
+        scheme=scheme_name(config.export),
+        config=config.model_dump_json(),
+        vocab_size=config.model.vocab_size,
+        tokenizer_sha256=tokenizer_sha256,
+        tensors=tuple(entries),
+        halves_offset=offset,
+        halves_length=len(streams[-1]),
+        halves=half,
+        payload_bytes=len(payload),
+        payload_sha256=hashlib.sha256(payload).hexdigest(),
+    )
+    head = manifest.model_dump_json().encode("utf-8")
+    packed = len(head).to_bytes(_LENGTH_BYTES, "little") + encode(head)
+    return MAGIC + len(packed).to_bytes(_LENGTH_BYTES, "little") + hashlib.sha256(packed).digest() + packed + payload
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read and check a file. Raises OSError or ArtifactError."""
+    return unpack(path.read_bytes(), str(path))
+
+
+def unpack(data: bytes, name: str) -> Artifact:
+    """Read and check an artifact's bytes; `name` is what errors call it. Raises ArtifactError."""
+    try:
+        return _unpack(data)
+    except (CodingError, ArtifactError) as error:
+        raise ArtifactError(f"{name}: {error}; export the model again") from error
+
+
+def _unpack(data: bytes) -> Artifact:
+    manifest, begin = _read_manifest(data)
+    payload = memoryview(data)[begin:]
+    if len(payload) != manifest.payload_bytes:
+        raise ArtifactError(f"offset {begin}: {len(payload)} bytes of payload instead of {manifest.payload_bytes}")
+    if hashlib.sha256(payload).hexdigest() != manifest.payload_sha256:
+        raise ArtifactError(f"offset {begin}: the payload's bytes have changed")
+    try:
+        config = TrainConfig.model_validate_json(manifest.config)
+    except ValidationError as error:
+        raise ArtifactError(f"the config is not valid: {error}") from error
+    _check_table(manifest, config)
+
+    end = manifest.halves_offset + manifest.halves_length
+    raw = decode_halves(bytes(payload[manifest.halves_offset : end]), manifest.halves)
+    halves = torch.frombuffer(bytearray(raw), dtype=torch.float16)
+    if not bool(torch.isfinite(halves).all()):
+        raise ArtifactError("a scale or a vector is not finite")
+    state = {entry.name: _tensor(entry, payload, halves) for entry in manifest.tensors}
+    return Artifact(config=config, manifest=manifest, state=state, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_manifest(data: bytes) -> tuple[ArtifactManifest, int]:
+    """The manifest, its hash and bounds checked, and where the payload begins."""
+    if data[: len(MAGIC)] != MAGIC:
+        kind = "an artifact of another version" if data[: len(MAGIC) - 1] == MAGIC[:-1] else "not an artifact"
+        raise ArtifactError(f"offset 0: this is {kind}")
+    length = int.from_bytes(data[len(MAGIC) : len(MAGIC) + _LENGTH_BYTES], "little")
+    packed = data[_FRAME_BYTES : _FRAME_BYTES + length]
+    if len(packed) != length or length < _LENGTH_BYTES:
+        raise ArtifactError(f"offset {len(MAGIC)}: a manifest of {length} bytes does not fit into {len(data)} bytes")
+    if hashlib.sha256(packed).digest() != data[len(MAGIC) + _LENGTH_BYTES : _FRAME_BYTES]:
+        raise ArtifactError(f"offset {_FRAME_BYTES}: the manifest's bytes have changed")
+    size = int.from_bytes(packed[:_LENGTH_BYTES], "little")
+    if size > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"offset {_FRAME_BYTES}: a manifest of {size} bytes is more than {_MAX_MANIFEST_BYTES}")
+    try:
+        manifest = ArtifactManifest.model_validate_json(decode(packed[_LENGTH_BYTES:], size))
+    except ValidationError as error:
+        raise ArtifactError(f"offset {_FRAME_BYTES}: the manifest is not valid: {error}") from error
+    return manifest, _FRAME_BYTES + length
+
+
+def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
+    """Names, shapes, bits and the layout must follow from the config; then no length is a matter of belief."""
+    shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
+    if {entry.name: entry.shape for entry in manifest.tensors} != shapes or len(manifest.tensors) != len(shapes):
+        raise ArtifactError("the tensor table is not that of the config")
+    if manifest.vocab_size != config.model.vocab_size or manifest.scheme != scheme_name(config.export):
+        raise ArtifactError("vocabulary or scheme are not those of the config")
+    offset = half = 0
+    for entry in manifest.tensors:
+        bits = config.export.bits if entry.name in quantized else 16
+        if (entry.bits, entry.offset, entry.half) != (bits, offset, half):
+            raise ArtifactError(f"{entry.name} lies at {entry.offset}/{entry.half} instead of {offset}/{half}")
+        offset, half = offset + entry.length, half + entry.shape[0]
+    if (manifest.halves_offset, manifest.halves) != (offset, half):
+        raise ArtifactError("the fp16 numbers do not follow the matrices")
+    if offset + manifest.halves_length != manifest.payload_bytes:
+        raise ArtifactError("the streams do not fill the payload")
+
+
+def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
+    """The dequantised fp32 tensor of an entry that `_check_table` has passed."""
+    numbers = halves[entry.half : entry.half + entry.shape[0]]
+    if entry.bits == 16:
+        return numbers.to(torch.float32)
+    raw = decode(bytes(payload[entry.offset : entry.offset + entry.length]), math.prod(entry.shape))
+    values = torch.frombuffer(bytearray(raw), dtype=torch.int8).view(entry.shape)
+    limit = largest_value(entry.bits)
+    if int(values.min()) < -limit or int(values.max()) > limit:
+        raise ArtifactError(f"{entry.name} holds an integer outside -{limit}..{limit}")
+    return dequantize(values, numbers)
+
+
+def _as_half(name: str, vector: Tensor) -> Tensor:
+    half = vector.detach().cpu().to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError(f"{name} holds a number that fp16 cannot: the run diverged, take an earlier checkpoint")
+    return half

@@ -1,0 +1,99 @@
+"""From trained weights to an artifact, proved on the bytes that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import sizing
+from trainer.artifact import Artifact, pack, read_artifact
+from trainer.checkpoint import load_model
+from trainer.config import ExportConfig
+from trainer.data.manifest import DataSet
+from trainer.durable import write_whole
+from trainer.quantization.fake_quant import fake_quantize
+from trainer.quantization.rounding import largest_value, row_scales
+from trainer.report import ExportResult
+
+ARTIFACT_NAME = "model.caddie"
+# A scale in fp16 is off by at most 2^-11 of itself, or by half of the smallest subnormal.
+_HALF_RELATIVE = 2.0**-11
+_HALF_ABSOLUTE = 2.0**-25
+
+
+class ExportError(ValueError):
+    """An artifact that does not hold what it should; it is not left behind."""
+
+
+def export(model_path: Path, dataset: DataSet, out: Path) -> ExportResult:
+    """Quantise `model_path` into `out/model.caddie`, read the file back and prove every tensor.
+
+    Raises OSError, or ValueError (a bad model, data of another vocabulary, or an ExportError).
+    """
+    model, config = load_model(model_path, "cpu")
+    vocab_size = dataset.manifest.vocab_size
+    if config.model.vocab_size != vocab_size:
+        raise ExportError(
+            f"{model_path} has a vocabulary of {config.model.vocab_size}, the data in {dataset.path} one of "
+            f"{vocab_size}; export with the data that it was trained on"
+        )
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    data = pack(config, state, dataset.manifest.tokenizer.sha256)
+    path = out / ARTIFACT_NAME
+    write_whole(path, data)
+    try:
+        artifact = read_artifact(path)
+        error = prove(artifact, state)
+    except ValueError:
+        path.unlink(missing_ok=True)
+        raise
+    code_bytes = sizing.code_bytes()
+    return ExportResult(
+        artifact_path=str(path),
+        artifact_sha256=artifact.sha256,
+        artifact_bytes=len(data) + code_bytes,
+        weights_bytes=len(data),
+        code_bytes=code_bytes,
+        tokenizer_bytes=dataset.manifest.tokenizer.bytes,
+        scheme=artifact.manifest.scheme,
+        params=sizing.parameter_count(config.model),
+        max_abs_error=error,
+    )
+
+
+def prove(artifact: Artifact, state: dict[str, Tensor]) -> float:
+    """Largest |weight - dequantised weight|. Raises ExportError unless every tensor is the intended one.
+
+    Intended: bit for bit what training's fake quantisation gives (vectors: their fp16), and within half a step of
+    the weight, plus what rounding the scale to fp16 can move the end of the range. Clipped weights lie beyond.
+    """
+    export_config = artifact.config.export
+    quantized = sizing.quantized_names(artifact.config.model)
+    largest = 0.0
+    for name, tensor in state.items():
+        weight, got = tensor.to(torch.float32), artifact.state[name]
+        if name in quantized:
+            intended = fake_quantize(weight, export_config.bits, export_config.clip_sigma)
+            allowed = _allowed_error(weight, export_config)
+        else:
+            intended = weight.to(torch.float16).to(torch.float32)
+            allowed = weight.abs() * _HALF_RELATIVE + _HALF_ABSOLUTE
+        if not torch.equal(got.view(torch.int32), intended.view(torch.int32)):
+            raise ExportError(f"{name}: the artifact does not hold the intended values")
+        error = (got - weight).abs()
+        if bool((error > allowed).any()):
+            raise ExportError(f"{name}: an error of {float(error.max()):.3e} is more than half a step")
+        largest = max(largest, float(error.max()))
+    return largest
+
+
+def _allowed_error(weight: Tensor, config: ExportConfig) -> Tensor:
+    """Per element `(rows, columns)`: half a step and the scale's own error; infinite where the row is clipped."""
+    scales = row_scales(weight, config.bits, config.clip_sigma)
+    limit = largest_value(config.bits)
+    allowed = (scales * (0.5 + limit * _HALF_RELATIVE) + limit * _HALF_ABSOLUTE) * (1 + 1e-5)
+    if config.clip_sigma is None:
+        return allowed.expand_as(weight)
+    return torch.where(weight.abs() > scales * limit, torch.inf, allowed)

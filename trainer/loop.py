@@ -1,0 +1,92 @@
+"""Training as a verb: check the input, run, and say how it ended."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainer.checkpoint import find_checkpoint
+from trainer.config import TrainConfig
+from trainer.data.manifest import DataSet
+from trainer.interruption import stop_signals
+from trainer.report import Event, ExitCode, Reporter
+from trainer.training_run import DivergedError, TrainingRun
+
+log = logging.getLogger(__name__)
+
+_CPU_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
+
+
+def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path, resume: str | None) -> ExitCode:
+    """Train and write `out/model.pt` and `out/result.json`; say how it ended.
+
+    Raises ValueError or OSError for bad input (data, vocabulary, device, checkpoint) before anything is written.
+    """
+    dataset = DataSet.load(dataset_path)
+    if dataset.manifest.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{dataset_path} has a vocabulary of {dataset.manifest.vocab_size}, "
+            f"the configuration's model.vocab_size is {config.model.vocab_size}; make them equal"
+        )
+    device = choose_device(config.device)
+    checkpoint = find_checkpoint(resume, checkpoints, config)
+    if checkpoint is not None and checkpoint.val_sha256 != dataset.manifest.val_sha256:
+        raise ValueError(
+            f"the checkpoint was made on other data than {dataset_path}; resume with the data it began with"
+        )
+    torch.set_flush_denormal(True)  # denormals make a CPU crawl and mean nothing here
+    reporter = Reporter()
+    with stop_signals() as stop:
+        run: TrainingRun | None = None
+        try:
+            run = TrainingRun(
+                config=config,
+                dataset=dataset,
+                device=device,
+                out=out,
+                checkpoints=checkpoints,
+                checkpoint=checkpoint,
+                reporter=reporter,
+                stop=stop,
+            )
+            return run.run()
+        except DivergedError as error:
+            reporter.say(Event(kind="diverged", step=error.step, detail=error.what))
+            return ExitCode.DIVERGED
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s", error)
+            reporter.say(Event(kind="out_of_memory", step=run.step if run else 0, detail=_memory_remedy(config)))
+            return ExitCode.OUT_OF_MEMORY
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Raises ValueError if CUDA is asked for and there is none."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the configuration asks for device cuda, but there is none here; use auto or cpu")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a type for it; the CPU's allocator raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATION_FAILED)
+
+
+def _memory_remedy(config: TrainConfig) -> str:
+    batch = config.batch
+    micro = batch.micro_batch_tokens or batch.train_batch_tokens
+    smaller = [
+        tokens
+        for tokens in range(batch.train_seq_len, micro, batch.train_seq_len)
+        if batch.train_batch_tokens % tokens == 0
+    ]
+    remedy = (
+        f"set batch.micro_batch_tokens to {max(smaller)}" if smaller else "shorten train_seq_len or shrink the model"
+    )
+    return f"a micro-batch of {micro} tokens does not fit; {remedy}"

@@ -1,0 +1,1 @@
+"""Per-row symmetric rounding, its straight-through twin for training, and the byte coding of its values."""

@@ -1,0 +1,58 @@
+"""Per-row symmetric integer rounding: the one rule that the exporter and quantisation-aware training share.
+
+A row w of a matrix becomes integers q in [-Q, Q], Q = 2^(bits-1) - 1, and one fp16 scale s:
+`s = fp16(clip / Q)`, `q = clamp(round_half_even(w / s), -Q, Q)`, with `clip` the row's largest magnitude, or
+`k * std(row)` ("SDClip" of the public runs). The scale is rounded to fp16 *before* it is used, so that
+nothing is lost between rounding and storing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The smallest positive fp16 (a subnormal; exact in fp32) keeps a row of zeros from dividing by zero.
+_SMALLEST_SCALE = 2.0**-24
+_LARGEST_SCALE = 65504.0
+
+
+def largest_value(bits: int) -> int:
+    """Q, the largest magnitude of a symmetric signed integer of `bits` bits: 31 for int6, 127 for int8."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def row_scales(weight: Tensor, bits: int, clip_sigma: float | None) -> Tensor:
+    """Scales `(rows, 1)` in fp32, each of them exactly an fp16 number. `weight` is `(rows, columns)` fp32."""
+    if clip_sigma is None:
+        clip = weight.abs().amax(dim=1, keepdim=True)
+    else:
+        clip = weight.std(dim=1, correction=0, keepdim=True) * clip_sigma
+    scale = (clip / largest_value(bits)).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
+    return scale.to(torch.float16).to(torch.float32)
+
+
+def round_rows(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Integers as fp32 `(rows, columns)`; `scales` is `(rows, 1)` from `row_scales`."""
+    limit = float(largest_value(bits))
+    return (weight / scales).round().clamp(-limit, limit)
+
+
+def quantize(weight: Tensor, bits: int, clip_sigma: float | None) -> tuple[Tensor, Tensor]:
+    """`(rows, columns)` to int8 values `(rows, columns)` and fp16 scales `(rows,)`.
+
+    Raises ValueError for anything but a finite matrix.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"only matrices are quantised, got a tensor of shape {tuple(weight.shape)}")
+    weight = weight.detach().to(torch.float32)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "a weight that is not finite cannot be quantised; the run diverged, take an earlier checkpoint"
+        )
+    scales = row_scales(weight, bits, clip_sigma)
+    return round_rows(weight, scales, bits).to(torch.int8), scales.squeeze(1).to(torch.float16)
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """int8 values `(rows, columns)` and fp16 scales `(rows,)` to fp32 `(rows, columns)`."""
+    return values.to(torch.float32) * scales.to(torch.float32).unsqueeze(1)

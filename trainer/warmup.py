@@ -1,0 +1,91 @@
+"""Compiled passes, and running all of them once before the training clock starts.
+
+A run may switch recurrence and fake quantisation on; each combination is a graph of its own. Compiling one in
+the middle of a run on the clock has cost 10 s of 600, so every combination that the run can meet is compiled
+first, on random weights that are put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.model.gpt import GPT
+from trainer.optim import Optimizers, Orthogonalize, orthogonalize
+
+# Two switches, with and without gradients, two batch shapes, and one Newton-Schulz graph per shape of matrix.
+_GRAPHS = 32
+_WARMUP_STD = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """What the loop calls: the same functions, compiled or not."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    token_losses: Callable[[Tensor, Tensor], Tensor]
+    iteration: Orthogonalize
+    compiled: bool
+
+
+def build_passes(model: GPT, *, compiled: bool, backend: str = "inductor") -> Passes:
+    """Static shapes and whole graphs, or plain functions."""
+    if not compiled:
+        return Passes(loss=model.forward, token_losses=model.token_losses, iteration=orthogonalize, compiled=False)
+    # The default of 8 graphs a function is fewer than the switches need, and a full-graph function past it is an error.
+    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
+    return Passes(
+        loss=torch.compile(model.forward, dynamic=False, fullgraph=True, backend=backend),
+        token_losses=torch.compile(model.token_losses, dynamic=False, fullgraph=True, backend=backend),
+        iteration=torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=backend),
+        compiled=True,
+    )
+
+
+def reachable_switches(config: TrainConfig) -> list[tuple[bool, bool]]:
+    """Every (recurrence, fake quantisation) that a run can meet, in the order it meets them."""
+    loop, qat = config.model.recurrence, config.qat
+    loop_from = loop.start_fraction if loop else 2.0
+    qat_from = qat.start_fraction if qat.enabled else 2.0
+    moments = sorted({0.0, *(start for start in (loop_from, qat_from) if start < 1.0)})
+    return [(moment >= loop_from, moment >= qat_from) for moment in moments]
+
+
+def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.device) -> None:
+    """Run every reachable pass and the optimiser once, and leave the weights and switches as they were.
+
+    Raises RuntimeError if fake quantisation does not change the loss of the compiled pass: then a graph has
+    folded the switch away, and the run would train without what it promises.
+    """
+    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    kept_switches = (model.recurrence_active, model.fake_quant_active)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=_WARMUP_STD, generator=generator)
+
+    tokens = config.batch.micro_batch_tokens or config.batch.train_batch_tokens
+    shape = (tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
+    window = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
+    losses: dict[tuple[bool, bool], float] = {}
+    for loop, qat in reachable_switches(config):
+        model.set_recurrence(loop)
+        model.set_fake_quant(qat)
+        loss = passes.loss(window[:, :-1], window[:, 1:])
+        torch.autograd.backward(loss)
+        losses[loop, qat] = float(loss.detach())
+        if qat:
+            model.set_fake_quant(False)
+            plain = losses.get((loop, False), float(passes.loss(window[:, :-1], window[:, 1:]).detach()))
+            if plain == losses[loop, qat]:
+                raise RuntimeError("fake quantisation does not change the loss: the switch has no effect in this build")
+    Optimizers(model, config.optimizer, passes.iteration).step(0, 1.0)
+
+    model.load_state_dict(kept)
+    model.set_recurrence(kept_switches[0])
+    model.set_fake_quant(kept_switches[1])
