@@ -1,0 +1,1 @@
+"""Plain typed values: no clock, no files, no SQL."""
