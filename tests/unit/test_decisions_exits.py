@@ -1,0 +1,260 @@
+"""Endings: exits, overdue stops and unclaimed starts, each with its counter-example."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from agent.decisions.exits import fruitless_attempts
+from agent.decisions.policy import Decisions, Policy, decide
+from agent.domain.actions import (
+    Action,
+    Assignment,
+    Finish,
+    Keep,
+    Kill,
+    MarkPaused,
+    Requeue,
+    Void,
+)
+from agent.domain.observations import CommandVerb, Devices, LogPoint
+from agent.domain.specs import Metric, Spec, track_of
+from agent.domain.trials import Result, RunKind, RunState, StopCause, TrialState
+from agent.domain.views import LedgerView, PendingCommand, RunView, TrialView
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+TRAINER: dict[str, Any] = {"trainer": {}, "limits": {"steps": 1000}}
+COMMAND: dict[str, Any] = {"command": ["prog"], "limits": {"steps": 1000}}
+MACHINE = Devices(gpus=(), cpu_slots=0)  # nothing can be launched: these tests are about endings
+
+
+def run(state: RunState = RunState.EXITED, *, attempt: int = 1, **fields: Any) -> RunView:
+    given: dict[str, Any] = {
+        "run_uuid": f"run-{attempt}",
+        "trial_id": 1,
+        "kind": RunKind.TRAIN,
+        "attempt": attempt,
+        "directory": f"runs/{attempt}",
+        "assignment": Assignment(cpu_slots=1),
+        "intended_at": NOW - timedelta(minutes=10),
+        "ended_at": None
+        if state in {RunState.INTENDED, RunState.RUNNING, RunState.STOPPING, RunState.UNKNOWN}
+        else NOW,
+    }
+    return RunView(state=state, **(given | fields))
+
+
+def trial(
+    state: TrialState = TrialState.RUNNING, *runs: RunView, spec: dict[str, Any] = TRAINER, **fields: Any
+) -> TrialView:
+    made = Spec.model_validate({"name": "plain"} | spec)
+    given: dict[str, Any] = {
+        "val_curve": (LogPoint(step=400, val_bpb=2.5), LogPoint(step=500, val_bpb=2.25)),
+        "state_since": NOW - timedelta(minutes=10),
+    }
+    return TrialView(
+        trial_id=1,
+        name=made.name,
+        seed=1337,
+        spec=made,
+        track=track_of(made, "ab" * 32),
+        state=state,
+        enqueued_at=NOW - timedelta(hours=1),
+        runs=runs,
+        **(given | fields),
+    )
+
+
+def decisions(view: TrialView, *commands: CommandVerb, now: datetime = NOW) -> Decisions:
+    pending = tuple(PendingCommand(command_id=f"c{i}", verb=verb, trial_id=1) for i, verb in enumerate(commands))
+    return decide(now, LedgerView(at=now, trials=(view,), commands=pending), MACHINE, {}, Policy(), lambda _: None)
+
+
+def verdict(view: TrialView, now: datetime = NOW) -> Action:
+    (action,) = decisions(view, now=now).actions
+    return action
+
+
+def finished(view: TrialView) -> tuple[Result, str]:
+    action = verdict(view)
+    assert isinstance(action, Finish), action
+    return action.result, action.reason
+
+
+class TestExits:
+    @pytest.mark.parametrize("cause", [None, *StopCause])
+    def test_a_result_with_code_0_completes_whatever_was_asked(self, cause: StopCause | None) -> None:
+        over = run(returncode=0, has_result=True, stop_cause=cause)
+        result, reason = finished(trial(TrialState.RUNNING, over, scores={Metric.RAW: 2.104}))
+        assert result is Result.COMPLETED
+        assert "2.1040" in reason
+
+    @pytest.mark.parametrize("over", [run(RunState.LOST, has_result=True), run(returncode=-9, has_result=True)])
+    def test_a_result_survives_the_death_of_its_writer(self, over: RunView) -> None:
+        assert finished(trial(TrialState.RUNNING, over))[0] is Result.COMPLETED
+
+    def test_a_program_that_says_it_failed_is_believed(self) -> None:
+        assert finished(trial(TrialState.RUNNING, run(returncode=1, has_result=True)))[0] is Result.FAILED_CRASHED
+
+    @pytest.mark.parametrize(
+        ("cause", "result"),
+        [
+            (StopCause.PRUNE, Result.PRUNED),
+            (StopCause.USER, Result.STOPPED),
+            (StopCause.DIVERGED, Result.FAILED_DIVERGED),
+        ],
+    )
+    @pytest.mark.parametrize("code", [75, -9, 1, None])
+    def test_a_stopped_run_is_judged_by_the_purpose(self, cause: StopCause, result: Result, code: int | None) -> None:
+        state = RunState.EXITED if code is not None else RunState.LOST
+        assert finished(trial(TrialState.STOPPING, run(state, returncode=code, stop_cause=cause)))[0] is result
+
+    def test_timeout_names_itself(self) -> None:
+        over = run(returncode=75, stop_cause=StopCause.TIMEOUT)
+        result, reason = finished(trial(TrialState.RUNNING, over, spec=TRAINER | {"timeout_seconds": 90}))
+        assert result is Result.FAILED_STALLED
+        assert "timeout_seconds of 90 s" in reason
+
+    @pytest.mark.parametrize(
+        ("code", "result", "words"),
+        [
+            (66, Result.FAILED_DIVERGED, "finite"),
+            (67, Result.FAILED_OOM, "micro_batch_tokens 262,144"),
+            (2, Result.FAILED_CRASHED, "refused its input: no such shard"),
+            (1, Result.FAILED_CRASHED, "exit code 1: no such shard"),
+            (0, Result.FAILED_CRASHED, "no readable result.json"),
+            (-11, Result.FAILED_CRASHED, "signal 11"),
+            (None, Result.FAILED_CRASHED, "could not be started: ENOENT"),
+        ],
+    )
+    def test_the_trainers_own_word(self, code: int | None, result: Result, words: str) -> None:
+        over = run(
+            returncode=code, last_lines=("Traceback", "no such shard", ""), error="" if code is not None else "ENOENT"
+        )
+        found, reason = finished(trial(TrialState.RUNNING, over))
+        assert found is result
+        assert words in reason
+
+    def test_out_of_memory_outranks_a_pause(self) -> None:
+        over = run(returncode=67, stop_cause=StopCause.PAUSE)
+        assert finished(trial(TrialState.PAUSING, over))[0] is Result.FAILED_OOM
+
+    def test_exit_codes_of_other_programs_mean_nothing_special(self) -> None:
+        for code in (66, 67, 75, 2):
+            view = trial(TrialState.RUNNING, run(returncode=code, last_lines=("boom",)), spec=COMMAND)
+            assert finished(view)[0] is Result.FAILED_CRASHED
+
+    def test_other_programs_memory_errors_are_read(self) -> None:
+        over = run(returncode=1, last_lines=("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",))
+        assert finished(trial(TrialState.RUNNING, over, spec=COMMAND))[0] is Result.FAILED_OOM
+
+    @pytest.mark.parametrize("state", [TrialState.PAUSING])
+    @pytest.mark.parametrize(
+        "over",
+        [
+            run(returncode=75, stop_cause=StopCause.PAUSE),
+            run(returncode=-9, killed=True, stop_cause=StopCause.PAUSE),
+            run(RunState.LOST, stop_cause=StopCause.PAUSE),
+            run(returncode=-15),
+        ],
+    )
+    def test_a_paused_run_is_paused(self, state: TrialState, over: RunView) -> None:
+        assert isinstance(verdict(trial(state, over)), MarkPaused)
+
+    def test_a_command_that_takes_term_and_exits_0_was_paused_not_finished(self) -> None:
+        spec = COMMAND | {"resumable": True}
+        over = run(returncode=0, stop_cause=StopCause.PAUSE)
+        assert isinstance(verdict(trial(TrialState.PAUSING, over, spec=spec)), MarkPaused)
+        at_end = (LogPoint(step=1000, val_bpb=2.0),)
+        assert finished(trial(TrialState.PAUSING, over, spec=spec, val_curve=at_end))[0] is Result.COMPLETED
+
+    def test_a_command_brings_its_last_score(self) -> None:
+        action = verdict(trial(TrialState.RUNNING, run(returncode=0), spec=COMMAND))
+        assert isinstance(action, Finish)
+        assert (action.result, action.raw_bpb) == (Result.COMPLETED, 2.25)
+
+    @pytest.mark.parametrize("points", [(), (LogPoint(step=5, val_bpb=float("inf")),)])
+    def test_a_command_without_a_score_says_so(self, points: tuple[LogPoint, ...]) -> None:
+        action = verdict(trial(TrialState.RUNNING, run(returncode=0), spec=COMMAND, val_curve=points))
+        assert isinstance(action, Finish)
+        assert (action.result, action.raw_bpb) == (Result.COMPLETED, None)
+        assert "no score was found" in action.reason
+
+    @pytest.mark.parametrize(
+        "over",
+        [
+            run(RunState.LOST, last_step=5),
+            run(returncode=-9, last_step=5),
+            run(returncode=-15, last_step=5),
+            run(returncode=75, last_step=5),
+        ],
+    )
+    @pytest.mark.parametrize("state", [TrialState.LAUNCHING, TrialState.RUNNING])
+    def test_what_was_not_its_fault_is_tried_again(self, over: RunView, state: TrialState) -> None:
+        action = verdict(trial(state, over))
+        assert isinstance(action, Requeue)
+        assert "last checkpoint" in action.reason
+
+    def test_a_lost_program_that_cannot_resume_starts_over_and_says_so(self) -> None:
+        action = verdict(trial(TrialState.RUNNING, run(RunState.LOST), spec=COMMAND))
+        assert isinstance(action, Requeue)
+        assert "starts again from the beginning" in action.reason
+
+    @pytest.mark.parametrize(
+        ("last", "result"),
+        [({"state": RunState.LOST}, Result.FAILED_LOST), ({"returncode": -9}, Result.FAILED_CRASHED)],
+    )
+    def test_three_attempts_without_progress_are_enough(self, last: dict[str, Any], result: Result) -> None:
+        runs = [run(RunState.LOST, attempt=i) for i in (1, 2)]
+        assert isinstance(verdict(trial(TrialState.RUNNING, *runs)), Requeue)
+        found, reason = finished(trial(TrialState.RUNNING, *runs, run(attempt=3, **last)))
+        assert found is result
+        assert "3 attempts in a row" in reason
+
+    def test_progress_starts_the_count_anew(self) -> None:
+        steps = [10, 10, 10, 20, 20, 20]
+        runs = [run(RunState.LOST, attempt=i + 1, last_step=step) for i, step in enumerate(steps)]
+        assert [fruitless_attempts(trial(TrialState.RUNNING, *runs[:n])) for n in range(1, 7)] == [0, 1, 2, 0, 1, 2]
+        paused = run(RunState.EXITED, attempt=7, last_step=20, stop_cause=StopCause.PAUSE)
+        assert fruitless_attempts(trial(TrialState.RUNNING, *runs, paused)) == 2, "a pause is no failure"
+
+    def test_a_launch_that_failed_is_tried_again_with_its_reason(self) -> None:
+        action = verdict(trial(TrialState.LAUNCHING, run(RunState.LOST, error="OSError: disk full", claimed=False)))
+        assert isinstance(action, Requeue)
+        assert "never started" in action.reason
+        assert "disk full" in action.reason
+
+    @pytest.mark.parametrize("state", [RunState.INTENDED, RunState.RUNNING, RunState.STOPPING, RunState.UNKNOWN])
+    def test_nothing_is_judged_over_while_a_run_may_be_alive(self, state: RunState) -> None:
+        action = verdict(trial(TrialState.RUNNING, run(RunState.LOST), run(state, attempt=2)))
+        assert isinstance(action, Keep)
+
+
+class TestDeadlines:
+    def stopping(self, asked_seconds_ago: float, **fields: Any) -> TrialView:
+        asked = NOW - timedelta(seconds=asked_seconds_ago)
+        stop = run(RunState.STOPPING, stop_cause=StopCause.PRUNE, stop_asked_at=asked, claimed=True, **fields)
+        return trial(TrialState.STOPPING, stop)
+
+    def test_a_stop_past_grace_and_slack_is_killed(self) -> None:
+        action = verdict(self.stopping(61))
+        assert isinstance(action, Kill)
+        assert "61 s ago" in action.reason
+
+    @pytest.mark.parametrize("seconds", [0, 60, -3600])
+    def test_not_before_and_not_when_the_clock_jumped_back(self, seconds: float) -> None:
+        assert isinstance(verdict(self.stopping(seconds)), Keep)
+
+    @pytest.mark.parametrize(
+        ("state", "trial_state"), [(RunState.INTENDED, TrialState.LAUNCHING), (RunState.STOPPING, TrialState.STOPPING)]
+    )
+    def test_an_unclaimed_run_is_voided(self, state: RunState, trial_state: TrialState) -> None:
+        old = run(state, claimed=False, intended_at=NOW - timedelta(seconds=61), stop_asked_at=NOW)
+        assert isinstance(verdict(trial(trial_state, old)), Void)
+
+    @pytest.mark.parametrize(("claimed", "age"), [(False, 59), (None, 600), (True, 600)])
+    def test_a_claimed_unseen_or_young_one_is_not(self, claimed: bool | None, age: float) -> None:
+        view = run(RunState.INTENDED, claimed=claimed, intended_at=NOW - timedelta(seconds=age))
+        assert isinstance(verdict(trial(TrialState.LAUNCHING, view)), Keep)

@@ -1,0 +1,269 @@
+"""Follow-ups: export and scoring; and what must hold for any ledger at all."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.decisions.policy import Policy, decide
+from agent.domain.actions import Action, Assignment, Finish, Launch, Void, Wait
+from agent.domain.budget import BudgetVerdict
+from agent.domain.observations import Device, Devices
+from agent.domain.specs import Metric, Spec, track_of
+from agent.domain.trials import LIVE_TRIAL_STATES, Result, RunKind, RunState, TrialState
+from agent.domain.views import ArtifactView, LedgerView, RunView, TrialView
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+GB = 1_000_000_000
+NO_GPU = Devices(gpus=(), cpu_slots=2, note="no NVIDIA driver")
+
+
+def gpu(index: int = 0, *, total: int = 16, used: float = 0, **fields: Any) -> Device:
+    return Device(
+        index=index,
+        uuid=f"GPU-{index}",
+        name="card",
+        memory_total_bytes=total * GB,
+        memory_used_bytes=int(used * GB),
+        **fields,
+    )
+
+
+def machine(*gpus: Device, cpu_slots: int = 4) -> Devices:
+    return Devices(gpus=gpus, cpu_slots=cpu_slots)
+
+
+def run(
+    kind: RunKind = RunKind.TRAIN, state: RunState = RunState.RUNNING, *gpus: int, slots: int = 0, uuid: str = "r"
+) -> RunView:
+    return RunView(
+        run_uuid=uuid,
+        trial_id=0,
+        kind=kind,
+        attempt=1,
+        state=state,
+        directory="d",
+        assignment=Assignment(gpu_uuids=tuple(f"GPU-{i}" for i in gpus), cpu_slots=slots),
+        intended_at=NOW - timedelta(hours=1),
+        ended_at=NOW - timedelta(hours=1) if state in {RunState.EXITED, RunState.LOST} else None,
+        claimed=True,
+    )
+
+
+def trial(trial_id: int = 1, spec: dict[str, Any] | None = None, **fields: Any) -> TrialView:
+    made = Spec.model_validate({"name": f"t{trial_id}", "trainer": {}, "limits": {"steps": 1000}} | (spec or {}))
+    given_fields: dict[str, Any] = {"state": TrialState.QUEUED, "enqueued_at": NOW + timedelta(seconds=trial_id)}
+    return TrialView(
+        trial_id=trial_id,
+        name=made.name,
+        seed=1337,
+        spec=made,
+        track=track_of(made, "ab" * 32),
+        state_since=NOW - timedelta(hours=1),
+        **(given_fields | fields),
+    )
+
+
+def command(trial_id: int = 1, **spec: Any) -> TrialView:
+    return trial(trial_id, {"trainer": None, "command": ["prog"]} | spec)
+
+
+def done(trial_id: int, raw: float, *runs: RunView, spec: dict[str, Any] | None = None, **fields: Any) -> TrialView:
+    given_fields = {
+        "state": TrialState.FINISHED,
+        "result": Result.COMPLETED,
+        "scores": {Metric.RAW: raw},
+        "model_path": f"runs/{trial_id}/model.pt",
+    }
+    return trial(trial_id, spec, runs=(run(state=RunState.EXITED), *runs), **(given_fields | fields))
+
+
+def artifact(size: int = 15_000_000) -> ArtifactView:
+    return ArtifactView(
+        run_uuid="x",
+        path="runs/a",
+        sha256="s",
+        artifact_bytes=size,
+        weights_bytes=size,
+        code_bytes=0,
+        tokenizer_bytes=0,
+        scheme="int6",
+    )
+
+
+def decided(devices: Devices, *trials: TrialView, size: BudgetVerdict | None = None) -> tuple[Action, ...]:
+    return decide(NOW, LedgerView(at=NOW, trials=trials), devices, {}, Policy(), lambda _: size).actions
+
+
+def only(devices: Devices, *trials: TrialView) -> Action:
+    """The verdict on the first trial."""
+    (action,) = [action for action in decided(devices, *trials) if action.trial_id == trials[0].trial_id]
+    return action
+
+
+def waits(action: Action) -> str:
+    assert isinstance(action, Wait), action
+    return action.reason
+
+
+def launched(action: Action) -> Assignment:
+    assert isinstance(action, Launch), action
+    return action.assignment
+
+
+class TestFollowUps:
+    def kinds(self, devices: Devices, *trials: TrialView) -> list[tuple[int, RunKind, str | None]]:
+        return [(a.trial_id, a.kind, a.source) for a in decided(devices, *trials) if isinstance(a, Launch)]
+
+    def test_the_best_of_the_track_is_exported(self) -> None:
+        assert self.kinds(NO_GPU, done(1, 2.2), done(2, 2.1)) == [(2, RunKind.EXPORT, "runs/2/model.pt")]
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            done(1, 2.0, spec={"export": "never"}),
+            done(1, 2.0, model_path=None),
+            done(1, 2.0, result=Result.PRUNED),
+            done(1, 2.0, run(RunKind.EXPORT, RunState.EXITED), run(RunKind.EXPORT, RunState.LOST)),
+            done(1, 2.0, run(RunKind.EXPORT, RunState.UNKNOWN)),
+            done(1, 2.0, artifact=artifact(), scores={Metric.RAW: 2.0, Metric.ARTIFACT: 2.01}),
+        ],
+    )
+    def test_others_are_not(self, view: TrialView) -> None:
+        assert self.kinds(NO_GPU, view) == []
+
+    def test_always_means_always(self) -> None:
+        assert [t for t, *_ in self.kinds(NO_GPU, done(1, 2.2, spec={"export": "always"}), done(2, 2.1))] == [1, 2]
+
+    def test_one_that_is_over_budget_does_not_hold_the_title(self) -> None:
+        heavy = done(2, 2.1, artifact=artifact(16_000_001), scores={Metric.RAW: 2.1, Metric.ARTIFACT: 2.1})
+        assert self.kinds(NO_GPU, done(1, 2.2), heavy) == [(1, RunKind.EXPORT, "runs/1/model.pt")]
+
+    def test_an_artifact_is_scored(self) -> None:
+        assert self.kinds(NO_GPU, done(1, 2.2, artifact=artifact())) == [(1, RunKind.EVALUATE, "runs/a")]
+
+    def test_scoring_takes_a_free_gpu_and_exporting_does_not(self) -> None:
+        cards = machine(gpu(total=80))
+        evaluate, export = done(1, 2.2, artifact=artifact()), done(2, 2.1)
+        found = {a.trial_id: launched(a) for a in decided(cards, evaluate, export)}
+        assert found == {1: Assignment(gpu_uuids=("GPU-0",)), 2: Assignment(cpu_slots=1)}
+
+    def test_with_no_free_gpu_scoring_takes_a_slot(self) -> None:
+        holder = trial(9, state=TrialState.RUNNING, runs=(run(RunKind.TRAIN, RunState.RUNNING, 0),))
+        assert launched(only(machine(gpu(total=80)), done(1, 2.2, artifact=artifact()), holder)) == Assignment(
+            cpu_slots=1
+        )
+
+    def test_they_go_before_queued_training_and_wait_when_all_is_taken(self) -> None:
+        slots = Devices(gpus=(), cpu_slots=1)
+        found = decided(slots, trial(1, {"priority": 9}), done(2, 2.1))
+        assert [(type(a), a.trial_id) for a in found] == [(Launch, 2), (Wait, 1)]
+        holder = trial(9, state=TrialState.RUNNING, runs=(run(slots=1),))
+        assert "0 of 1 are free" in waits(only(slots, done(2, 2.1), holder))
+
+    def test_an_unclaimed_follow_up_is_voided(self) -> None:
+        lost = RunView(
+            run_uuid="e1",
+            trial_id=1,
+            kind=RunKind.EXPORT,
+            attempt=1,
+            state=RunState.INTENDED,
+            directory="d",
+            assignment=Assignment(cpu_slots=1),
+            intended_at=NOW - timedelta(hours=1),
+            claimed=False,
+        )
+        action = only(NO_GPU, done(1, 2.0, lost))
+        assert isinstance(action, Void)
+        assert action.run_uuid == "e1"
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> tuple[TrialView, ...]:
+    """Any trials at all, also ones that no honest history would leave behind."""
+    trials = []
+    for trial_id in range(1, draw(st.integers(0, 8)) + 1):
+        runs = tuple(
+            run(
+                draw(st.sampled_from(RunKind)),
+                draw(st.sampled_from(RunState)),
+                *draw(st.sets(st.integers(0, 3), max_size=2)),
+                slots=draw(st.integers(0, 2)),
+                uuid=f"r{trial_id}-{i}",
+            )
+            for i in range(draw(st.integers(0, 3)))
+        )
+        spec: dict[str, Any] = {
+            "priority": draw(st.integers(-2, 2)),
+            "resources": {"gpus": draw(st.sampled_from([None, 0, 1])), "vram_gb": draw(st.sampled_from([None, 1, 8]))},
+            "export": draw(st.sampled_from(["always", "incumbent", "never"])),
+        }
+        if draw(st.booleans()):
+            spec |= {"trainer": None, "command": ["prog"]}
+        state = draw(st.sampled_from(TrialState))
+        finished = state is TrialState.FINISHED
+        result = draw(st.sampled_from(Result)) if finished else None
+        trials.append(
+            trial(
+                trial_id,
+                spec,
+                state=state,
+                result=result,
+                runs=runs,
+                scores={Metric.RAW: draw(st.floats(1, 3))} if finished and draw(st.booleans()) else {},
+                model_path="m" if finished else None,
+                artifact=artifact() if finished and draw(st.booleans()) else None,
+            )
+        )
+    return tuple(trials)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Devices:
+    cards = tuple(
+        gpu(
+            i,
+            total=draw(st.sampled_from([12, 16, 80])),
+            used=draw(st.sampled_from([0, 6])),
+            error=draw(st.sampled_from(["", "", "sick"])),
+        )
+        for i in range(draw(st.integers(0, 4)))
+    )
+    return Devices(gpus=draw(st.sampled_from([cards, cards, None])), cpu_slots=draw(st.integers(0, 6)))
+
+
+@given(trials=ledgers(), devices=machines())
+@settings(max_examples=150, deadline=None)
+def test_no_device_twice_no_trial_twice_one_verdict_each(trials: tuple[TrialView, ...], devices: Devices) -> None:
+    actions = decided(devices, *trials)
+    launches = [action for action in actions if isinstance(action, Launch)]
+    live = [r for t in trials for r in t.runs if r.live]
+
+    held = [uuid for r in live for uuid in r.assignment.gpu_uuids]
+    given_out = [uuid for launch in launches for uuid in launch.assignment.gpu_uuids]
+    assert len(given_out) == len(set(given_out))
+    assert not set(given_out) & set(held)
+    assert set(given_out) <= {card.uuid for card in devices.gpus or () if not card.error}
+    slots = sum(launch.assignment.cpu_slots for launch in launches)
+    assert slots == 0 or slots + sum(r.assignment.cpu_slots for r in live) <= devices.cpu_slots
+
+    by_id = {t.trial_id: t for t in trials}
+    for launch in launches:
+        view = by_id[launch.trial_id]
+        assert view.state is (TrialState.QUEUED if launch.kind is RunKind.TRAIN else TrialState.FINISHED)
+        if launch.kind is RunKind.TRAIN:
+            assert view.live_run is None
+        else:
+            assert not any(r.live for r in view.runs)
+            assert view.result is Result.COMPLETED
+
+    judged = [action.trial_id for action in actions]
+    assert len(judged) == len(set(judged)), "two verdicts on one trial"
+    assert {t.trial_id for t in trials if t.state is not TrialState.FINISHED} <= set(judged)
+    assert all(action.reason for action in actions)
+    finishing = {action.trial_id for action in actions if isinstance(action, Finish)}
+    assert not any(by_id[i].live_run for i in finishing if by_id[i].state in LIVE_TRIAL_STATES)

@@ -1,0 +1,192 @@
+"""Users' commands, and the backoff of retries, each with its counter-example."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from agent.decisions.policy import Decisions, Policy, decide
+from agent.domain.actions import (
+    Action,
+    Assignment,
+    Finish,
+    Keep,
+    Launch,
+    MarkPaused,
+    Resume,
+    Stop,
+    Wait,
+)
+from agent.domain.observations import CommandVerb, Devices, LogPoint
+from agent.domain.specs import Spec, track_of
+from agent.domain.trials import Result, RunKind, RunState, StopCause, TrialState
+from agent.domain.views import LedgerView, PendingCommand, RunView, TrialView
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+TRAINER: dict[str, Any] = {"trainer": {}, "limits": {"steps": 1000}}
+COMMAND: dict[str, Any] = {"command": ["prog"], "limits": {"steps": 1000}}
+MACHINE = Devices(gpus=(), cpu_slots=0)  # nothing can be launched: these tests are about endings
+
+
+def run(state: RunState = RunState.EXITED, *, attempt: int = 1, **fields: Any) -> RunView:
+    given: dict[str, Any] = {
+        "run_uuid": f"run-{attempt}",
+        "trial_id": 1,
+        "kind": RunKind.TRAIN,
+        "attempt": attempt,
+        "directory": f"runs/{attempt}",
+        "assignment": Assignment(cpu_slots=1),
+        "intended_at": NOW - timedelta(minutes=10),
+        "ended_at": None
+        if state in {RunState.INTENDED, RunState.RUNNING, RunState.STOPPING, RunState.UNKNOWN}
+        else NOW,
+    }
+    return RunView(state=state, **(given | fields))
+
+
+def trial(
+    state: TrialState = TrialState.RUNNING, *runs: RunView, spec: dict[str, Any] = TRAINER, **fields: Any
+) -> TrialView:
+    made = Spec.model_validate({"name": "plain"} | spec)
+    given: dict[str, Any] = {
+        "val_curve": (LogPoint(step=400, val_bpb=2.5), LogPoint(step=500, val_bpb=2.25)),
+        "state_since": NOW - timedelta(minutes=10),
+    }
+    return TrialView(
+        trial_id=1,
+        name=made.name,
+        seed=1337,
+        spec=made,
+        track=track_of(made, "ab" * 32),
+        state=state,
+        enqueued_at=NOW - timedelta(hours=1),
+        runs=runs,
+        **(given | fields),
+    )
+
+
+def decisions(view: TrialView, *commands: CommandVerb, now: datetime = NOW) -> Decisions:
+    pending = tuple(PendingCommand(command_id=f"c{i}", verb=verb, trial_id=1) for i, verb in enumerate(commands))
+    return decide(now, LedgerView(at=now, trials=(view,), commands=pending), MACHINE, {}, Policy(), lambda _: None)
+
+
+def verdict(view: TrialView, now: datetime = NOW) -> Action:
+    (action,) = decisions(view, now=now).actions
+    return action
+
+
+def finished(view: TrialView) -> tuple[Result, str]:
+    action = verdict(view)
+    assert isinstance(action, Finish), action
+    return action.result, action.reason
+
+
+class TestCommands:
+    @pytest.mark.parametrize("state", [TrialState.QUEUED, TrialState.PAUSED])
+    def test_stop_of_a_trial_without_a_run_ends_it(self, state: TrialState) -> None:
+        found = decisions(trial(state), CommandVerb.STOP)
+        (action,) = found.actions
+        assert isinstance(action, Finish)
+        assert action.result is Result.STOPPED
+        assert found.command_outcomes[0][:2] == ("c0", True)
+
+    @pytest.mark.parametrize(
+        ("verb", "cause"), [(CommandVerb.STOP, StopCause.USER), (CommandVerb.PAUSE, StopCause.PAUSE)]
+    )
+    def test_live_runs_are_told(self, verb: CommandVerb, cause: StopCause) -> None:
+        found = decisions(trial(TrialState.RUNNING, run(RunState.RUNNING)), verb)
+        (action,) = found.actions
+        assert isinstance(action, Stop)
+        assert (action.cause, action.run_uuid) == (cause, "run-1")
+
+    def test_pause_of_a_program_that_cannot_is_refused(self) -> None:
+        found = decisions(trial(TrialState.RUNNING, run(RunState.RUNNING), spec=COMMAND), CommandVerb.PAUSE)
+        assert isinstance(found.actions[0], Keep)
+        ((_, done, text),) = found.command_outcomes
+        assert not done
+        assert "resumable: true" in text
+
+    def test_a_resumable_program_can(self) -> None:
+        view = trial(TrialState.RUNNING, run(RunState.RUNNING), spec=COMMAND | {"resumable": True})
+        assert isinstance(decisions(view, CommandVerb.PAUSE).actions[0], Stop)
+
+    def test_queued_trials_are_held_back_and_paused_ones_resumed(self) -> None:
+        assert isinstance(decisions(trial(TrialState.QUEUED), CommandVerb.PAUSE).actions[0], MarkPaused)
+        assert isinstance(decisions(trial(TrialState.PAUSED), CommandVerb.RESUME).actions[0], Resume)
+        assert isinstance(decisions(trial(TrialState.PAUSED)).actions[0], Wait)
+
+    @pytest.mark.parametrize("verb", list(CommandVerb))
+    def test_finished_is_final(self, verb: CommandVerb) -> None:
+        view = trial(TrialState.FINISHED, run(), result=Result.PRUNED)
+        found = decisions(view, verb)
+        assert found.actions == ()
+        ((_, done, text),) = found.command_outcomes
+        assert not done
+        assert "finished" in text
+
+    @pytest.mark.parametrize(
+        ("state", "verb", "done"),
+        [
+            (TrialState.STOPPING, CommandVerb.STOP, True),
+            (TrialState.STOPPING, CommandVerb.PAUSE, False),
+            (TrialState.STOPPING, CommandVerb.RESUME, False),
+            (TrialState.PAUSING, CommandVerb.PAUSE, True),
+            (TrialState.RUNNING, CommandVerb.RESUME, True),
+        ],
+    )
+    def test_what_changes_nothing_is_answered(self, state: TrialState, verb: CommandVerb, done: bool) -> None:
+        live = run(RunState.RUNNING if state is TrialState.RUNNING else RunState.STOPPING, stop_asked_at=NOW)
+        found = decisions(trial(state, live), verb)
+        assert isinstance(found.actions[0], Keep)
+        assert found.command_outcomes[0][1] is done
+
+    def test_resume_waits_until_the_checkpoint_is_written(self) -> None:
+        found = decisions(trial(TrialState.PAUSING, run(RunState.STOPPING, stop_asked_at=NOW)), CommandVerb.RESUME)
+        assert found.command_outcomes == ()
+
+    def test_a_pausing_run_can_still_be_stopped(self) -> None:
+        found = decisions(trial(TrialState.PAUSING, run(RunState.STOPPING, stop_asked_at=NOW)), CommandVerb.STOP)
+        assert isinstance(found.actions[0], Stop)
+
+    def test_an_ending_comes_first_and_the_command_waits_its_turn(self) -> None:
+        found = decisions(trial(TrialState.RUNNING, run(returncode=0, has_result=True)), CommandVerb.STOP)
+        assert isinstance(found.actions[0], Finish)
+        assert found.actions[0].result is Result.COMPLETED
+        assert found.command_outcomes == ()
+
+    def test_one_change_a_beat_the_next_command_waits(self) -> None:
+        found = decisions(trial(TrialState.PAUSED), CommandVerb.RESUME, CommandVerb.STOP)
+        assert [type(action) for action in found.actions] == [Resume]
+        assert [outcome[0] for outcome in found.command_outcomes] == ["c0"]
+
+    def test_an_unknown_trial_is_refused(self) -> None:
+        command = PendingCommand(command_id="c", verb=CommandVerb.STOP, trial_id=99)
+        view = LedgerView(at=NOW, commands=(command,))
+        found = decide(NOW, view, MACHINE, {}, Policy(), lambda _: None)
+        assert found.command_outcomes == (("c", False, "there is no trial 99"),)
+
+
+class TestBackoff:
+    MACHINE = Devices(gpus=(), cpu_slots=4)
+
+    def first(self, now: datetime, *runs: RunView, **fields: Any) -> Action:
+        view = LedgerView(at=now, trials=(trial(TrialState.QUEUED, *runs, **fields),))
+        return decide(now, view, self.MACHINE, {}, Policy(), lambda _: None).actions[0]
+
+    @pytest.mark.parametrize(("fruitless", "seconds"), [(1, 10), (2, 20)])
+    def test_it_doubles(self, fruitless: int, seconds: float) -> None:
+        runs = [run(RunState.LOST, attempt=i + 1) for i in range(fruitless)]
+        early, late = NOW + timedelta(seconds=seconds - 1), NOW + timedelta(seconds=seconds)
+        waiting = self.first(early, *runs)
+        assert isinstance(waiting, Wait)
+        assert "retries in 1 s" in waiting.reason
+        assert isinstance(self.first(late, *runs), Launch)
+
+    def test_none_after_a_pause(self) -> None:
+        paused = run(returncode=75, stop_cause=StopCause.PAUSE)
+        assert isinstance(self.first(NOW, paused), Launch)
+
+    def test_a_clock_set_back_does_not_hold_it(self) -> None:
+        assert isinstance(self.first(NOW - timedelta(hours=1), run(RunState.LOST), state_since=NOW), Launch)

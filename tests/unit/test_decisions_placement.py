@@ -1,0 +1,229 @@
+"""Who starts where: placement and the budget gate."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from agent.decisions.budget_gate import size_of
+from agent.decisions.policy import Policy, decide
+from agent.domain.actions import Action, Assignment, Finish, Launch, Wait
+from agent.domain.budget import BudgetVerdict
+from agent.domain.observations import Device, DeviceProcess, Devices
+from agent.domain.specs import Metric, Spec, track_of
+from agent.domain.trials import Result, RunKind, RunState, TrialState
+from agent.domain.views import LedgerView, RunView, TrialView
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+GB = 1_000_000_000
+NO_GPU = Devices(gpus=(), cpu_slots=2, note="no NVIDIA driver")
+SMALL = {"resources": {"vram_gb": 4}}
+
+
+def gpu(index: int = 0, *, total: int = 16, used: float = 0, **fields: Any) -> Device:
+    return Device(
+        index=index,
+        uuid=f"GPU-{index}",
+        name="card",
+        memory_total_bytes=total * GB,
+        memory_used_bytes=int(used * GB),
+        **fields,
+    )
+
+
+def machine(*gpus: Device, cpu_slots: int = 4) -> Devices:
+    return Devices(gpus=gpus, cpu_slots=cpu_slots)
+
+
+def run(
+    kind: RunKind = RunKind.TRAIN, state: RunState = RunState.RUNNING, *gpus: int, slots: int = 0, uuid: str = "r"
+) -> RunView:
+    return RunView(
+        run_uuid=uuid,
+        trial_id=0,
+        kind=kind,
+        attempt=1,
+        state=state,
+        directory="d",
+        assignment=Assignment(gpu_uuids=tuple(f"GPU-{i}" for i in gpus), cpu_slots=slots),
+        intended_at=NOW - timedelta(hours=1),
+        ended_at=NOW - timedelta(hours=1) if state in {RunState.EXITED, RunState.LOST} else None,
+        claimed=True,
+    )
+
+
+def trial(trial_id: int = 1, spec: dict[str, Any] | None = None, **fields: Any) -> TrialView:
+    made = Spec.model_validate({"name": f"t{trial_id}", "trainer": {}, "limits": {"steps": 1000}} | (spec or {}))
+    given_fields: dict[str, Any] = {"state": TrialState.QUEUED, "enqueued_at": NOW + timedelta(seconds=trial_id)}
+    return TrialView(
+        trial_id=trial_id,
+        name=made.name,
+        seed=1337,
+        spec=made,
+        track=track_of(made, "ab" * 32),
+        state_since=NOW - timedelta(hours=1),
+        **(given_fields | fields),
+    )
+
+
+def command(trial_id: int = 1, **spec: Any) -> TrialView:
+    return trial(trial_id, {"trainer": None, "command": ["prog"]} | spec)
+
+
+def done(trial_id: int, raw: float, *runs: RunView, spec: dict[str, Any] | None = None, **fields: Any) -> TrialView:
+    given_fields = {
+        "state": TrialState.FINISHED,
+        "result": Result.COMPLETED,
+        "scores": {Metric.RAW: raw},
+        "model_path": f"runs/{trial_id}/model.pt",
+    }
+    return trial(trial_id, spec, runs=(run(state=RunState.EXITED), *runs), **(given_fields | fields))
+
+
+def decided(devices: Devices, *trials: TrialView, size: BudgetVerdict | None = None) -> tuple[Action, ...]:
+    return decide(NOW, LedgerView(at=NOW, trials=trials), devices, {}, Policy(), lambda _: size).actions
+
+
+def only(devices: Devices, *trials: TrialView) -> Action:
+    """The verdict on the first trial."""
+    (action,) = [action for action in decided(devices, *trials) if action.trial_id == trials[0].trial_id]
+    return action
+
+
+def waits(action: Action) -> str:
+    assert isinstance(action, Wait), action
+    return action.reason
+
+
+def launched(action: Action) -> Assignment:
+    assert isinstance(action, Launch), action
+    return action.assignment
+
+
+class TestPlacement:
+    def test_auto_takes_a_gpu_where_there_is_one_and_a_slot_elsewhere(self) -> None:
+        assert launched(only(machine(gpu()), trial(spec=SMALL))).gpu_uuids == ("GPU-0",)
+        assert launched(only(NO_GPU, trial(spec=SMALL))) == Assignment(cpu_slots=1)
+
+    def test_a_run_that_wants_the_cpu_leaves_the_gpu_alone(self) -> None:
+        assert launched(only(machine(gpu()), trial(spec={"resources": {"gpus": 0, "cpus": 2}}))) == Assignment(
+            cpu_slots=2
+        )
+        assert launched(only(machine(gpu()), trial(spec={"trainer": {"device": "cpu"}}))) == Assignment(cpu_slots=1)
+
+    @pytest.mark.parametrize("spec", [{"resources": {"gpus": 1}}, {"trainer": {"device": "cuda"}}])
+    def test_a_gpu_that_the_machine_has_not(self, spec: dict[str, Any]) -> None:
+        reason = waits(only(NO_GPU, trial(spec=spec)))
+        assert "no NVIDIA driver" in reason
+        assert "Remedy" in reason
+
+    def test_unknown_gpus_are_not_none(self) -> None:
+        unknown = Devices(gpus=None, cpu_slots=4, note="the driver did not answer in 10 s")
+        assert "did not answer" in waits(only(unknown, trial(spec=SMALL)))
+        assert launched(only(unknown, trial(spec={"resources": {"gpus": 0}}))).cpu_slots == 1
+
+    def test_other_peoples_memory_is_respected(self) -> None:
+        users = (DeviceProcess(pid=321, name="jupyter", memory_bytes=None),)
+        reason = waits(only(machine(gpu(used=12, processes=users)), trial(spec=SMALL)))
+        assert "4.0 GB free, needs 4.0 + 0.5 GB" in reason
+        assert "jupyter (pid 321)" in reason
+        assert launched(only(machine(gpu(used=11.5)), trial(spec=SMALL)))
+
+    def test_a_sick_card_takes_no_run(self) -> None:
+        assert "fell off the bus" in waits(only(machine(gpu(error="fell off the bus")), trial(spec=SMALL)))
+
+    @pytest.mark.parametrize("state", [RunState.INTENDED, RunState.RUNNING, RunState.STOPPING, RunState.UNKNOWN])
+    def test_a_run_that_may_live_keeps_its_card(self, state: RunState) -> None:
+        holder = trial(9, state=TrialState.RUNNING, runs=(run(RunKind.TRAIN, state, 0),))
+        assert "taken by t9@1337" in waits(only(machine(gpu()), trial(spec=SMALL), holder))
+
+    def test_a_run_that_is_over_does_not(self) -> None:
+        holder = trial(
+            9, state=TrialState.FINISHED, result=Result.STOPPED, runs=(run(RunKind.TRAIN, RunState.EXITED, 0),)
+        )
+        assert launched(only(machine(gpu()), trial(spec=SMALL), holder))
+
+    def test_the_tightest_card_that_fits(self) -> None:
+        cards = machine(gpu(0, total=16), gpu(1, total=12))
+        assert launched(only(cards, trial(spec=SMALL))).gpu_uuids == ("GPU-1",)
+        assert launched(only(cards, trial(spec={"resources": {"vram_gb": 13}}))).gpu_uuids == ("GPU-0",)
+
+    def test_a_need_that_no_card_can_meet(self) -> None:
+        reason = waits(only(machine(gpu(total=12)), trial(spec={"resources": {"vram_gb": 20}})))
+        assert "the largest card here has 12.0 GB" in reason
+
+    def test_commands_need_half_of_a_card(self) -> None:
+        assert launched(only(machine(gpu(used=7)), command()))
+        assert "8.0 + 0.5" in waits(only(machine(gpu(used=8)), command()))
+
+    def test_trainers_need_what_their_shape_predicts(self) -> None:
+        thin = {"model": {"model_dim": 128}, "batch": {"train_batch_tokens": 8192}}
+        wide = {"model": {"model_dim": 1024}, "batch": {"train_batch_tokens": 65536}}
+        half_full = machine(gpu(total=80, used=76))
+        assert launched(only(half_full, trial(spec={"trainer": thin})))
+        assert "4.0 GB free, needs " in waits(only(half_full, trial(spec={"trainer": wide})))
+
+    def test_several_gpus(self) -> None:
+        four = command(resources={"gpus": 2, "vram_gb": 4})
+        assert launched(only(machine(gpu(0), gpu(1), gpu(2)), four)).gpu_uuids == ("GPU-0", "GPU-1")
+        assert "this machine has 1" in waits(only(machine(gpu(0)), four))
+        assert "GPU 1" in waits(only(machine(gpu(0), gpu(1, used=15)), four))
+
+    def test_cpu_slots_are_counted(self) -> None:
+        holder = trial(9, state=TrialState.RUNNING, runs=(run(slots=1),))
+        assert launched(only(NO_GPU, command(), holder)).cpu_slots == 1
+        assert "1 of 2 are free" in waits(only(NO_GPU, command(resources={"cpus": 2}), holder))
+        assert "lower resources.cpus to 2" in waits(only(NO_GPU, command(resources={"cpus": 3})))
+
+    def test_priority_then_arrival(self) -> None:
+        slots = Devices(gpus=(), cpu_slots=1)
+        found = decided(slots, trial(1), trial(2, {"priority": 5}), trial(3, {"priority": 5}))
+        assert [(type(action), action.trial_id) for action in found] == [(Launch, 2), (Wait, 3), (Wait, 1)]
+
+    def test_a_blocked_one_is_passed_and_it_is_said(self) -> None:
+        holder = trial(9, state=TrialState.RUNNING, runs=(run(slots=1),))
+        big, little = command(1, priority=9, resources={"cpus": 2}), command(2)
+        found = {action.trial_id: action for action in decided(NO_GPU, big, little, holder)}
+        assert isinstance(found[1], Wait)
+        assert isinstance(found[2], Launch)
+        assert "passes t1@1337" in found[2].reason
+
+    def test_after(self) -> None:
+        late = command(1, after=["t2", "t3"])
+        assert "t3, which the ledger does not know" in waits(only(NO_GPU, late, done(2, 2.0, spec={"export": "never"})))
+        two, three = done(2, 2.0, spec={"export": "never"}), trial(3, state=TrialState.PAUSED)
+        assert "waits for t3 to finish" in waits(only(NO_GPU, late, two, three))
+        failed = trial(3, state=TrialState.FINISHED, result=Result.FAILED_OOM)
+        assert launched(only(NO_GPU, late, two, failed))
+
+
+class TestBudgetGate:
+    def verdict(self, low: int, high: int) -> BudgetVerdict:
+        return BudgetVerdict(budget_bytes=16_000_000, predicted_bytes=(low + high) // 2, low_bytes=low, high_bytes=high)
+
+    def test_hopeless_shapes_never_start(self) -> None:
+        (action,) = decided(NO_GPU, trial(), size=self.verdict(16_000_001, 18_000_001))
+        assert isinstance(action, Finish)
+        assert action.result is Result.REJECTED_OVER_BUDGET
+        assert "17,000,001 bytes" in action.reason
+        assert "at least 1 bytes" in action.reason
+
+    def test_a_doubtful_one_may_try(self) -> None:
+        assert isinstance(decided(NO_GPU, trial(), size=self.verdict(16_000_000, 18_000_000))[0], Launch)
+
+    def test_commands_and_trials_that_have_run_are_not_weighed(self) -> None:
+        heavy = self.verdict(17_000_000, 18_000_000)
+        again = trial(runs=(run(state=RunState.LOST),))
+        for view in (command(), again):
+            assert isinstance(decided(NO_GPU, view, size=heavy)[0], Launch)
+
+    def test_the_real_prediction(self) -> None:
+        small = size_of(trial(spec={"trainer": {"model": {"model_dim": 128, "num_layers": 4}}}))
+        large = size_of(trial(spec={"trainer": {"model": {"model_dim": 1024, "num_layers": 16}}}))
+        assert small is not None
+        assert large is not None
+        assert small.fits
+        assert large.hopeless
+        assert size_of(command()) is None
