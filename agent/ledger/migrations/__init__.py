@@ -1,0 +1,1 @@
+"""Schema migrations, run from the program: no alembic.ini, no command line."""
