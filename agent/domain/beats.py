@@ -53,6 +53,8 @@ class BeatReport:
     devices_note: str
     runs: tuple[RunLine, ...]
     decisions: tuple[DecisionLine, ...]
+    commands: tuple[str, ...]
+    """What the user asked for, and what came of it."""
     enqueued: tuple[str, ...]
     refused: tuple[str, ...]
     counts: dict[str, int]
@@ -79,6 +81,7 @@ class BeatReport:
         parts += [_run_text(run) for run in self.runs]
         parts.append(f"{sum(self.phase_seconds.values()):.2f} s")
         lines = [" | ".join(parts)]
+        lines += [f"    asked {outcome}" for outcome in self.commands]
         lines += [f"    enqueued {key}" for key in self.enqueued]
         lines += [f"    refused {message}" for message in self.refused]
         lines += [f"    {decision_text(decision)}" for decision in self.decisions if not decision.routine]

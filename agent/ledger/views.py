@@ -128,7 +128,8 @@ class ViewBuilder:
 def _last_steps(session: Session, run_ids: Sequence[int]) -> dict[int, int | None]:
     """The highest step of each run's own points: one look into the index a run, however many points it has."""
     highest = select(func.max(PointRow.step)).where(PointRow.run_id == RunRow.id).scalar_subquery()
-    return dict(session.execute(select(RunRow.id, highest).where(RunRow.id.in_(run_ids))).tuples())
+    found = session.execute(select(RunRow.id, highest).where(RunRow.id.in_(run_ids))).tuples().all()
+    return dict(found)
 
 
 def run_view(row: RunRow, last_step: int | None = None) -> RunView:

@@ -1,0 +1,5 @@
+"""`python -m agent` is `caddie`."""
+
+from agent.cli import main
+
+main()

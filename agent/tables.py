@@ -1,0 +1,261 @@
+"""Answers as tables for people and as JSON for programs. The only module besides the verbs that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_jsonable_python
+from rich.console import Console
+from rich.table import Table
+
+from agent.domain.budget import BudgetVerdict
+from agent.domain.specs import Metric
+from agent.domain.views import TrialView
+
+if TYPE_CHECKING:
+    from agent.doctor import Check
+    from agent.ledger.queries import (
+        DecisionRecord,
+        EventRecord,
+        HeartbeatRecord,
+        Leaderboard,
+        ProjectionRecord,
+        Standing,
+    )
+    from trainer.sizing import SizeEstimate
+
+# Not on a terminal there is no width to respect: a table in a file or a pipe is never cut.
+_console = Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def say(text: str) -> None:
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Dataclasses and pydantic values become objects, times ISO 8601 in UTC. NaN and infinity become null."""
+    print(json.dumps(to_jsonable_python(value, inf_nan_mode="constants"), indent=2, allow_nan=False, default=str))  # noqa: T201
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+
+
+def _bpb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bytes(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def summary(trial: TrialView, record: ProjectionRecord | None = None) -> dict[str, Any]:
+    """A trial in a few flat fields, the JSON of `runs` and `queue`."""
+    projection = record.projection if record else None
+    run = trial.runs[-1] if trial.runs else None
+    return {
+        "trial_id": trial.trial_id,
+        "trial": trial.key,
+        "state": trial.state,
+        "result": trial.result,
+        "reason": trial.reason,
+        "priority": trial.spec.priority,
+        "track": trial.track.key,
+        "progress": trial.progress,
+        "step": trial.last_point.step if trial.last_point else None,
+        "val_bpb": trial.val_curve[-1].val_bpb if trial.val_curve else None,
+        "scores": trial.scores,
+        "projected_bpb": projection.final_bpb if projection else None,
+        "projected_90": [projection.low90, projection.high90] if projection else None,
+        "pid": run.pid if run else None,
+        "run": run.run_uuid if run else None,
+        "train_runs": len([r for r in trial.runs if r.kind == "train"]),
+        "directory": run.directory if run else None,
+    }
+
+
+def queue(waiting: Sequence[TrialView], files: Sequence[str]) -> None:
+    table = _table("id", "trial", "state", "priority", "after", "waiting because")
+    for trial in waiting:
+        after = ", ".join(trial.spec.after) or "-"
+        table.add_row(str(trial.trial_id), trial.key, trial.state, str(trial.spec.priority), after, trial.reason or "-")
+    _console.print(table if waiting else "nothing is queued")
+    for name in files:
+        say(f"not yet taken in: {name}")
+
+
+def runs(trials: Sequence[TrialView], projections: Mapping[int, ProjectionRecord | None]) -> None:
+    table = _table("id", "trial", "state", "progress", "step", "BPB", "projected (90%)", "artifact BPB", "reason")
+    for trial in trials:
+        record = projections.get(trial.trial_id)
+        interval = "-"
+        if record and trial.result is None:
+            projection = record.projection
+            interval = f"{projection.final_bpb:.4f} ({projection.low90:.4f} to {projection.high90:.4f})"
+        raw = trial.scores.get(Metric.RAW) or (trial.val_curve[-1].val_bpb if trial.val_curve else None)
+        table.add_row(
+            str(trial.trial_id),
+            trial.key,
+            trial.result or trial.state,
+            "-" if trial.progress is None else f"{trial.progress:.0%}",
+            str(trial.last_point.step) if trial.last_point else "-",
+            _bpb(raw),
+            interval,
+            _bpb(trial.scores.get(Metric.ARTIFACT)),
+            _short(trial.reason),
+        )
+    _console.print(table if trials else "no trials yet: caddie enqueue FILE, or drop one into queue/")
+
+
+def leaderboard(boards: Sequence[Leaderboard]) -> None:
+    """One table per track. BPB in four columns that are never compared with one another."""
+    if not boards:
+        _console.print("no finished scores yet")
+    for board in boards:
+        shown = [metric for metric in Metric if any(_score(row, metric) is not None for row in board.rows)]
+        table = _table(
+            *(
+                "",
+                "trial",
+                *(f"{metric.value} BPB" for metric in shown),
+                "artifact bytes",
+                "budget",
+                "params",
+                "result",
+            ),
+            title=f"track {board.track.key}, ranked by {board.metric.value} BPB",
+        )
+        for row in board.rows:
+            table.add_row(
+                str(row.place or "-"),
+                row.key,
+                *(_bpb(_score(row, metric)) for metric in shown),
+                _bytes(row.artifact_bytes),
+                _budget_use(row),
+                _bytes(row.params),
+                row.result or row.state,
+            )
+        _console.print(table)
+
+
+def _score(row: Standing, metric: Metric) -> float | None:
+    scores = {
+        Metric.RAW: row.raw_bpb,
+        Metric.EMA: row.ema_bpb,
+        Metric.ARTIFACT: row.artifact_bpb,
+        Metric.SLIDING: row.sliding_bpb,
+    }
+    return scores[metric]
+
+
+def _budget_use(row: Standing) -> str:
+    if row.artifact_bytes is None:
+        return f"of {row.budget_bytes:,}"
+    share = f"{row.artifact_bytes / row.budget_bytes:.1%} of {row.budget_bytes:,}"
+    return f"OVER: {share}" if row.over_budget else share
+
+
+def trial(
+    found: TrialView,
+    decisions: Sequence[DecisionRecord],
+    projections: Sequence[ProjectionRecord],
+    events: Sequence[EventRecord],
+) -> None:
+    """Everything that `show` tells of one trial."""
+    facts = _table("", "")
+    for name, value in _facts(found):
+        facts.add_row(name, value)
+    _console.print(facts)
+    runs_of = _table("run", "state", "device", "pid", "exit", "started", "folder", title="\nruns")
+    for run in found.runs:
+        code = "-" if run.returncode is None else str(run.returncode)
+        began = f"{run.intended_at:%m-%d %H:%M:%S}"
+        runs_of.add_row(
+            f"{run.kind} {run.attempt}", run.state, str(run.assignment), str(run.pid or "-"), code, began, run.directory
+        )
+    _console.print(runs_of)
+    if projections:
+        from agent.decisions.projection.project import sentence  # noqa: PLC0415 - scipy, only needed here
+
+        say("\nprojections (newest last)")
+        for record in projections[-5:]:
+            at = f"  at {record.projection.progress:.0%}, step {record.projection.step}: "
+            say(at + sentence(record.projection, found.tokens_per_step))
+    if decisions:
+        say("\ndecisions")
+        for decision in decisions:
+            say(f"  {decision.at:%m-%d %H:%M:%S} {decision.kind}: {decision.reason}")
+    if events:
+        say("\nevents")
+        for event in events:
+            step = "" if event.step is None else f" at step {event.step}"
+            say(f"  {event.kind}{step}: {event.detail}")
+
+
+def _facts(found: TrialView) -> list[tuple[str, str]]:
+    artifact = found.artifact
+    scores = ", ".join(f"{metric.value} {bpb:.4f}" for metric, bpb in found.scores.items())
+    facts = [
+        ("trial", f"{found.trial_id}  {found.key}"),
+        ("hypothesis", found.spec.hypothesis or "-"),
+        ("state", f"{found.state}" + (f", {found.result}" if found.result else "")),
+        ("reason", found.reason or "-"),
+        ("track", found.track.key),
+        ("progress", "-" if found.progress is None else f"{found.progress:.0%}"),
+        ("final BPB", scores or "-"),
+    ]
+    if artifact is not None:
+        share = artifact.artifact_bytes / found.spec.budget_bytes
+        facts += [
+            ("artifact", artifact.path),
+            (
+                "artifact bytes",
+                f"{artifact.artifact_bytes:,} = {artifact.weights_bytes:,} weights ({artifact.scheme}) "
+                f"+ {artifact.code_bytes:,} code; {share:.1%} of {found.spec.budget_bytes:,}; "
+                f"tokenizer apart: {artifact.tokenizer_bytes:,}",
+            ),
+        ]
+    return facts
+
+
+def heartbeats(beats: Sequence[HeartbeatRecord]) -> None:
+    """Newest last, as in the log."""
+    for beat in reversed(beats):
+        say(str(json.loads(beat.report_json)["line"]))
+
+
+def heartbeat_values(beats: Sequence[HeartbeatRecord]) -> list[Any]:
+    """The records as objects, oldest first, for --json."""
+    return [json.loads(beat.report_json) for beat in reversed(beats)]
+
+
+def rejected(folder: Path) -> None:
+    """The specs that were refused, each with the reason that lies beside it."""
+    for text in sorted(folder.glob("*.txt")):
+        say(f"refused {text.stem}: {text.read_text(encoding='utf-8').strip()}")
+
+
+def budget(estimate: SizeEstimate, verdict: BudgetVerdict) -> None:
+    table = _table("module", "parameters", "bytes")
+    for name, params, size in estimate.by_module:
+        table.add_row(name, f"{params:,}", f"{size:,}")
+    table.add_row("code as shipped", "", f"{estimate.code_bytes:,}")
+    _console.print(table)
+    word = "fits" if verdict.fits else "cannot fit" if verdict.hopeless else "may not fit"
+    say(f"{word}: {verdict} ({estimate.scheme})")
+
+
+def checks(found: Sequence[Check]) -> None:
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+    table = _table("check", "", "finding")
+    for check in found:
+        table.add_row(check.name, f"[{styles[check.verdict]}]{check.verdict}[/]", check.finding)
+    _console.print(table)
+
+
+def _short(text: str, width: int = 70) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
