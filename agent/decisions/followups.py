@@ -1,7 +1,8 @@
 """After training: export the artifact, then score it from its bytes.
 
-The exporter needs a CPU slot; the scorer takes a GPU if one is free and a CPU slot otherwise. Both are short and
-the result of a trial is not known without them, so they go before queued training.
+The exporter needs a CPU slot; the scorer runs on what the trial was trained on: a model of a GPU takes hours on a
+CPU slot and seconds on the card. Both are short there, and the result of a trial is not known without them, so
+they go before queued training.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 
 from agent.decisions.deadlines import judge_deadline
 from agent.decisions.free_devices import FreeDevices
-from agent.decisions.placement import gpus_wanted, memory_need_bytes
+from agent.decisions.placement import NoPlace, gpus_wanted, memory_need_bytes
 from agent.decisions.standings import NO_STANDING, Standing
 from agent.decisions.thresholds import Policy
 from agent.domain.actions import Assignment, Kill, Launch, Void, Wait
@@ -75,26 +76,26 @@ def _due(trial: TrialView, standing: Standing) -> _Due | None:
 def _launch(trial: TrialView, due: _Due, free: FreeDevices) -> Launch | Wait:
     attempt = len(trial.runs_of(due.kind)) + 1
     place = _place(trial, due, free)
-    if place is None:
-        reason = (
-            f"{due.kind} waits for a free CPU slot ({free.free_slots} of {free.devices.cpu_slots} are free): {due.why}"
-        )
-        return Wait(trial_id=trial.trial_id, reason=reason)
+    if isinstance(place, str):
+        return Wait(trial_id=trial.trial_id, reason=f"{due.kind} waits for {place}: {due.why}")
     again = f"; attempt {attempt} of {MAX_ATTEMPTS}" if attempt > 1 else ""
     return Launch(
         trial_id=trial.trial_id,
         kind=due.kind,
         assignment=place,
         source=due.source,
-        reason=f"{due.kind} on {place}: {due.why}{again}",
+        reason=f"{due.kind} on {free.names(place)}: {due.why}{again}",
         numbers={"attempt": attempt},
     )
 
 
-def _place(trial: TrialView, due: _Due, free: FreeDevices) -> Assignment | None:
+def _place(trial: TrialView, due: _Due, free: FreeDevices) -> Assignment | str:
+    """Where it runs, or what it waits for."""
     wants = gpus_wanted(trial, free)
-    if due.kind is RunKind.EVALUATE and isinstance(wants, int) and wants > 0:
-        taken = free.take_gpus(1, partial(memory_need_bytes, trial), trial.key)
-        if taken is not None:
-            return taken
-    return free.take_slots(1, trial.key)
+    if due.kind is RunKind.EXPORT or wants == 0:
+        slots = f"a free CPU slot ({free.free_slots} of {free.devices.cpu_slots} are free)"
+        return free.take_slots(1, trial.key) or slots
+    if isinstance(wants, NoPlace):
+        return wants.why
+    need = partial(memory_need_bytes, trial)
+    return free.take_gpus(1, need, trial.key) or f"a free GPU ({free.obstacles(need)})"

@@ -48,6 +48,11 @@ class FreeDevices:
     def take_slots(self, count: int, holder: str) -> Assignment | None:
         return self._take(Assignment(cpu_slots=count), holder) if count <= self._slots else None
 
+    def names(self, assignment: Assignment) -> str:
+        """An assignment as people know it: cards by index and name, not by UUID."""
+        cards = [f"GPU {gpu.index} ({gpu.name})" for gpu in self.gpus if gpu.uuid in assignment.gpu_uuids]
+        return ", ".join(cards) or str(assignment)
+
     def obstacles(self, need: Callable[[Device], int]) -> str:
         """Why the GPUs are not free, for people."""
         found = [

@@ -142,12 +142,10 @@ def _note(free: FreeDevices) -> str:
 
 
 def _reason(trial: TrialView, assignment: Assignment, free: FreeDevices, passed: Sequence[str]) -> str:
-    names = [f"GPU {gpu.index} ({gpu.name})" for gpu in free.gpus if gpu.uuid in assignment.gpu_uuids]
-    where = ", ".join(names) or str(assignment)
     again = " again" if trial.last_train_run is not None else ""
     order = f"priority {trial.spec.priority}"
     backfill = ""
     if passed:
         others = f" and {len(passed) - 1} more" if len(passed) > 1 else ""
         backfill = f"; passes {passed[0]}{others}, for which too little is free"
-    return f"starts{again} on {where} ({order}{backfill})"
+    return f"starts{again} on {free.names(assignment)} ({order}{backfill})"

@@ -152,11 +152,12 @@ class TestFollowUps:
         found = {a.trial_id: launched(a) for a in decided(cards, evaluate, export)}
         assert found == {1: Assignment(gpu_uuids=("GPU-0",)), 2: Assignment(cpu_slots=1)}
 
-    def test_with_no_free_gpu_scoring_takes_a_slot(self) -> None:
+    def test_with_no_free_gpu_scoring_of_a_gpu_model_waits_for_one(self) -> None:
         holder = trial(9, state=TrialState.RUNNING, runs=(run(RunKind.TRAIN, RunState.RUNNING, 0),))
-        assert launched(only(machine(gpu(total=80)), done(1, 2.2, artifact=artifact()), holder)) == Assignment(
-            cpu_slots=1
-        )
+        action = only(machine(gpu(total=80)), done(1, 2.2, artifact=artifact()), holder)
+        assert isinstance(action, Wait)
+        assert "free GPU" in action.reason
+        assert "taken by t9@1337" in action.reason
 
     def test_they_go_before_queued_training_and_wait_when_all_is_taken(self) -> None:
         slots = Devices(gpus=(), cpu_slots=1)
