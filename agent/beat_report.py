@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from agent.decisions.standings import standings_of
 from agent.domain.actions import Action, Keep, Wait, name_of
 from agent.domain.beats import DecisionLine, RunLine
 from agent.domain.observations import Device
 from agent.domain.projections import Projection
-from agent.domain.specs import Metric
-from agent.domain.trials import Result, RunKind, TrialState
+from agent.domain.trials import RunKind, TrialState
 from agent.domain.views import LedgerView, RunView, TrialView
 
 
@@ -97,16 +97,9 @@ def state_counts(view: LedgerView) -> dict[str, int]:
 
 def incumbents(view: LedgerView) -> dict[str, TrialView]:
     """By track, the completed trial with the best raw score whose artifact is not known to be over budget."""
-    best: dict[str, TrialView] = {}
-    for trial in view.trials:
-        score = trial.scores.get(Metric.RAW)
-        over = trial.artifact is not None and trial.artifact.artifact_bytes > trial.spec.budget_bytes
-        if trial.result is not Result.COMPLETED or score is None or over:
-            continue
-        held = best.get(trial.track.key)
-        if held is None or score < held.scores[Metric.RAW]:
-            best[trial.track.key] = trial
-    return best
+    return {
+        track: standing.incumbent for track, standing in standings_of(view).items() if standing.incumbent is not None
+    }
 
 
 def is_drained(view: LedgerView, actions: Sequence[Action]) -> bool:
