@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from agent.decisions.standings import standings_of
-from agent.domain.actions import Action, Keep, Wait, name_of
+from agent.domain.actions import Action, Finish, Keep, Wait, name_of
 from agent.domain.beats import DecisionLine, RunLine
 from agent.domain.observations import Device
 from agent.domain.projections import Projection
@@ -74,7 +74,7 @@ def decision_lines(view: LedgerView, actions: Sequence[Action], errors: Mapping[
         DecisionLine(
             trial=keys.get(action.trial_id, f"trial {action.trial_id}"),
             kind=name_of(action),
-            reason=action.reason,
+            reason=f"{action.result}: {action.reason}" if isinstance(action, Finish) else action.reason,
             numbers=dict(action.numbers),
             error=errors.get(position, ""),
             # A suspicion is news once; until the next check confirms or clears it, it is routine.

@@ -20,7 +20,7 @@ _STYLES = {
     "launch": "green",
     "export": "cyan",
     "evaluate": "cyan",
-    "finish": "bold green",
+    "finish": "bold",
     "prune": "yellow",
     "stop": "red",
     "kill": "bold red",
