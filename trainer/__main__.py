@@ -13,12 +13,12 @@ import typer
 
 from trainer.config import TrainConfig
 from trainer.durable import sha256_of, write_whole
-from trainer.report import EvaluateResult, ExitCode, Reporter, Result, result_json
+from trainer.errors import InputError
+from trainer.report import RESULT_NAME, EvaluateResult, ExitCode, Reporter, Result, result_json
 
 if TYPE_CHECKING:
+    from trainer.data.manifest import DataSet
     from trainer.model.gpt import GPT
-
-RESULT_NAME = "result.json"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Gather text, prepare shards, describe a data set.")
@@ -30,10 +30,11 @@ OutDir = Annotated[Path, typer.Option("--out", help="Folder for what is made, an
 
 @contextmanager
 def _bad_input_is_one_line() -> Iterator[None]:
-    """Wrong input ends in one line on stderr and exit code 2; a bug or a failing disk shows its traceback."""
+    """Wrong input and files that cannot be read or written end in one line on stderr and exit code 2; anything
+    else is a bug, shows its traceback and ends in exit code 1."""
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (InputError, OSError) as error:
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         raise typer.Exit(ExitCode.BAD_INPUT) from error
 
@@ -86,20 +87,17 @@ def evaluate(
     started = time.monotonic()
     with _bad_input_is_one_line():
         from trainer.data.manifest import DataSet  # noqa: PLC0415
+        from trainer.evaluation import ValidationStream  # noqa: PLC0415
         from trainer.evaluation import evaluate as score_of  # noqa: PLC0415
 
         dataset = DataSet.load(data)
         digest = sha256_of(source)
         where = _device(device)
-        model, config, scheme = _load(source, dataset.manifest.tokenizer.sha256, where)
-        if config.model.vocab_size != dataset.manifest.vocab_size:
-            raise ValueError(
-                f"{source} has a vocabulary of {config.model.vocab_size}, the data in {data} one of "
-                f"{dataset.manifest.vocab_size}; evaluate with the data that it was trained on"
-            )
+        model, config, scheme = _load(source, dataset, where)
+        (out / RESULT_NAME).unlink(missing_ok=True)
         score = score_of(
             model.token_losses,
-            dataset,
+            ValidationStream.load(dataset),
             seq_len=config.batch.train_seq_len,
             batch_tokens=config.evaluation.batch_tokens,
             device=where,
@@ -114,6 +112,8 @@ def evaluate(
             val_tokens=score.tokens,
             val_bytes=score.bytes,
             wall_seconds=time.monotonic() - started,
+            device=_device_name(where),
+            compute_dtype=str(model.compute_dtype).removeprefix("torch."),
         )
         _write_result(out, result)
     label = f"final_{scheme.replace('+', '_')}_roundtrip_exact" if scheme else "final_raw_exact"
@@ -164,8 +164,11 @@ def info(folder: Annotated[Path, typer.Argument(help="Folder made by `data prepa
     say(f"all files verified, {dataset.manifest.bytes_per_token:.4f} bytes per token")
 
 
-def _load(source: Path, tokenizer_sha256: str, device: str) -> tuple[GPT, TrainConfig, str | None]:
-    """The model, its config, and the scheme if the file is an artifact. Raises OSError or ValueError."""
+def _load(source: Path, dataset: DataSet, device: str) -> tuple[GPT, TrainConfig, str | None]:
+    """The model, its config, and the scheme if the file is an artifact; both belong to the data.
+
+    Raises OSError or InputError.
+    """
     from trainer.artifact import MAGIC, ArtifactError, read_artifact  # noqa: PLC0415
 
     with source.open("rb") as stream:
@@ -173,10 +176,15 @@ def _load(source: Path, tokenizer_sha256: str, device: str) -> tuple[GPT, TrainC
     if not is_artifact:
         from trainer.checkpoint import load_model  # noqa: PLC0415
 
-        model, config = load_model(source, device)
-        return model.eval(), config, None
+        saved = load_model(source, device)
+        saved.require_data(dataset)
+        return saved.model.eval(), saved.config, None
     artifact = read_artifact(source)
-    if artifact.manifest.tokenizer_sha256 != tokenizer_sha256:
+    manifest = dataset.manifest
+    if (artifact.manifest.tokenizer_sha256, artifact.manifest.vocab_size) != (
+        manifest.tokenizer.sha256,
+        manifest.vocab_size,
+    ):
         raise ArtifactError(f"{source} was made with another tokenizer than the data; evaluate with its own data")
     return artifact.model(device), artifact.config, artifact.manifest.scheme
 
@@ -185,12 +193,18 @@ def _device(name: str) -> str:
     import torch  # noqa: PLC0415
 
     if name not in {"auto", "cpu", "cuda"}:
-        raise ValueError(f"--device {name}: use auto, cpu or cuda")
+        raise InputError(f"--device {name}: use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device here; use cpu")
+        raise InputError("--device cuda: there is no CUDA device here; use cpu")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def _device_name(device: str) -> str:
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.get_device_name(device) if device == "cuda" else device
 
 
 def _write_result(out: Path, result: Result) -> None:

@@ -23,19 +23,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.errors import InputError
 from trainer.model.gpt import GPT
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
-from trainer.sizing import parameter_shapes, quantized_names, scheme_name
+from trainer.sizing import parameter_count, parameter_shapes, quantized_names, scheme_name
 
-MAGIC = b"caddie\x00\x01"
+MAGIC = b"caddie\x00\x02"
 _LENGTH_BYTES = 4
 _DIGEST_BYTES = 32
 _FRAME_BYTES = len(MAGIC) + _LENGTH_BYTES + _DIGEST_BYTES
 _MAX_MANIFEST_BYTES = 1 << 20
+# More parameters than this no coded model holds: even a matrix of zeros is not most of a model.
+_MAX_VALUES_PER_BYTE = 64
+_VALUES_FOR_FREE = 10_000_000
 
 
-class ArtifactError(ValueError):
+class ArtifactError(InputError):
     """A file that is not a whole, unaltered artifact. Names the file and what is wrong with it."""
 
 
@@ -58,6 +62,7 @@ class ArtifactManifest(_Value):
     scheme: str
     config: str = Field(description="JSON of the TrainConfig.")
     vocab_size: int
+    recurrence_active: bool = Field(description="Whether training ended with the loop on; so the model is scored.")
     tokenizer_sha256: str
     tensors: tuple[TensorEntry, ...]
     halves_offset: int = Field(ge=0)
@@ -77,23 +82,23 @@ class Artifact:
     sha256: str
 
     def model(self, device: torch.device | str) -> GPT:
-        """The model as it is scored: dequantised weights, recurrence on where the config has it."""
+        """The model as it is scored: dequantised weights, the loop on or off as training left it."""
         model = GPT(self.config.model)
         model.load_state_dict(dict(self.state))
-        model.set_recurrence(True)
+        model.set_recurrence(self.manifest.recurrence_active)
         return model.to(device).eval()
 
 
-def pack(config: TrainConfig, state: Mapping[str, Tensor], tokenizer_sha256: str) -> bytes:
+def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: str, recurrence_active: bool) -> bytes:
     """The artifact's bytes: matrices quantised as `config.export` says, vectors in fp16.
 
-    Raises ValueError if the tensors are not those of the config, or a number is not finite in fp16.
+    Raises InputError if the tensors are not those of the config, or a number is not finite in fp16.
     """
     shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != shapes:
         odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise ValueError(f"the weights are not those of their config: {', '.join(odd)}")
+        raise InputError(f"the weights are not those of their config: {', '.join(odd)}")
     entries: list[TensorEntry] = []
     streams: list[bytes] = []
     halves: list[Tensor] = []
@@ -114,6 +119,7 @@ def pack(config: TrainConfig, state: Mapping[str, Tensor], tokenizer_sha256: str
         scheme=scheme_name(config.export),
         config=config.model_dump_json(),
         vocab_size=config.model.vocab_size,
+        recurrence_active=recurrence_active,
         tokenizer_sha256=tokenizer_sha256,
         tensors=tuple(entries),
         halves_offset=offset,
@@ -185,6 +191,9 @@ def _read_manifest(data: bytes) -> tuple[ArtifactManifest, int]:
 
 def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
     """Names, shapes, bits and the layout must follow from the config; then no length is a matter of belief."""
+    params = parameter_count(config.model)
+    if params > _MAX_VALUES_PER_BYTE * manifest.payload_bytes + _VALUES_FOR_FREE:
+        raise ArtifactError(f"a payload of {manifest.payload_bytes} bytes cannot hold {params} parameters")
     shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
     if {entry.name: entry.shape for entry in manifest.tensors} != shapes or len(manifest.tensors) != len(shapes):
         raise ArtifactError("the tensor table is not that of the config")
@@ -218,5 +227,5 @@ def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
 def _as_half(name: str, vector: Tensor) -> Tensor:
     half = vector.detach().cpu().to(torch.float16)
     if not bool(torch.isfinite(half).all()):
-        raise ValueError(f"{name} holds a number that fp16 cannot: the run diverged, take an earlier checkpoint")
+        raise InputError(f"{name} holds a number that fp16 cannot: the run diverged, take an earlier checkpoint")
     return half

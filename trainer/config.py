@@ -8,13 +8,21 @@ Values are frozen; unknown keys are errors, so that a misspelt option never pass
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
+from trainer.errors import InputError
+
+# Bounds far beyond any run: arithmetic on them stays within 64 bits, and no typing error becomes a plan of centuries.
+Count = Annotated[int, Field(gt=0, le=10**15)]
+WarmupSteps = Annotated[int, Field(ge=0, le=10**9)]
+BatchTokens = Annotated[int, Field(gt=0, le=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+_DEFAULT_MICRO_TOKENS = 65536
 
 
 class _Section(BaseModel):
@@ -29,8 +37,8 @@ class LimitsConfig(_Section):
         gt=0,
         description="Training clock in seconds; compiling, evaluation and pauses are outside it.",
     )
-    tokens: PositiveInt | None = Field(default=None, description="Training tokens.")
-    steps: PositiveInt | None = Field(default=None, description="Optimiser steps.")
+    tokens: Count | None = Field(default=None, description="Training tokens.")
+    steps: Count | None = Field(default=None, description="Optimiser steps.")
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:
@@ -45,8 +53,8 @@ class RecurrenceConfig(_Section):
     first: int = Field(ge=0, description="First looped layer, counted from 0.")
     last: int = Field(ge=0, description="Last looped layer, inclusive.")
     loops: int = Field(default=2, ge=1, le=64, description="How many times the span runs; 1 is no recurrence.")
-    start_fraction: Fraction = Field(
-        default=0.0, description="Share of the run after which the loop is switched on; 0 is from the start."
+    start_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the run after which the loop is switched on; 0: from the start."
     )
 
     @model_validator(mode="after")
@@ -62,8 +70,8 @@ class ModelConfig(_Section):
     vocab_size: int = Field(default=1024, ge=8, le=65536, description="Must equal the shards' vocabulary.")
     num_layers: int = Field(default=9, ge=1, le=256, description="Physical layers (a looped layer counts once).")
     model_dim: int = Field(default=512, ge=8, le=16384)
-    num_heads: int = Field(default=8, ge=1, description="Query heads.")
-    num_kv_heads: int = Field(default=4, ge=1, description="Key/value heads; fewer than num_heads is GQA.")
+    num_heads: int = Field(default=8, ge=1, le=16384, description="Query heads.")
+    num_kv_heads: int = Field(default=4, ge=1, le=16384, description="Key/value heads; fewer than num_heads is GQA.")
     mlp_mult: float = Field(default=2.0, gt=0, le=16, description="Hidden width of the MLP over model_dim.")
     activation: Literal["leaky_relu_squared", "relu_squared"] = Field(
         default="leaky_relu_squared", description="LeakyReLU(0.5)^2 bought about .003 BPB over ReLU^2."
@@ -100,6 +108,11 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"RoPE needs an even head dimension, got {self.model_dim}/{self.num_heads} = {self.head_dim}"
             )
+        if self.mlp_dim < 1:
+            raise ValueError(
+                f"mlp_mult {self.mlp_mult} times model_dim {self.model_dim} leaves the MLP no hidden unit; "
+                f"give mlp_mult of at least {1 / self.model_dim:.4g}"
+            )
         if self.recurrence and self.recurrence.last >= self.num_layers:
             raise ValueError(
                 f"recurrence spans layers {self.recurrence.first}..{self.recurrence.last}, "
@@ -109,13 +122,24 @@ class ModelConfig(_Section):
 
 
 class BatchConfig(_Section):
-    train_batch_tokens: PositiveInt = Field(
-        default=524288, description="Tokens per optimiser step, all devices together."
+    """Tokens per optimiser step, and how they are cut into windows and into forward passes (micro-batches)."""
+
+    train_batch_tokens: BatchTokens = Field(default=524288, description="Tokens per optimiser step.")
+    train_seq_len: int = Field(default=1024, gt=0, le=2**20, description="Context length in tokens.")
+    micro_batch_tokens: BatchTokens | None = Field(
+        default=None,
+        description="Tokens per forward pass; default: the largest that divides the batch, up to 65536 or one window. "
+        "More accumulation, less memory.",
     )
-    train_seq_len: PositiveInt = Field(default=1024, description="Context length in tokens.")
-    micro_batch_tokens: PositiveInt | None = Field(
-        default=None, description="Tokens per forward pass; default: the whole batch. More accumulation, less memory."
-    )
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens per forward pass: those asked for, or the default that `micro_batch_tokens` describes."""
+        if self.micro_batch_tokens is not None:
+            return self.micro_batch_tokens
+        windows = self.train_batch_tokens // self.train_seq_len
+        most = min(windows, max(1, _DEFAULT_MICRO_TOKENS // self.train_seq_len))
+        return self.train_seq_len * next(rows for rows in range(most, 0, -1) if windows % rows == 0)
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -140,7 +164,7 @@ class OptimizerConfig(_Section):
     scalar_lr: float = Field(default=0.04, gt=0, description="AdamW, for gains and other vectors.")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     muon_momentum_warmup_start: float = Field(default=0.85, ge=0, lt=1)
-    muon_momentum_warmup_steps: int = Field(default=300, ge=0)
+    muon_momentum_warmup_steps: WarmupSteps = 300
     muon_backend_steps: int = Field(default=5, ge=1, le=20, description="Newton-Schulz iterations.")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -152,7 +176,7 @@ class OptimizerConfig(_Section):
 class ScheduleConfig(_Section):
     """Learning-rate multiplier: linear warm-up, constant, warmdown over the last part of the run."""
 
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
+    warmup_steps: WarmupSteps = Field(default=0, description="Steps of linear warm-up from 0.")
     warmdown_fraction: Fraction = Field(default=0.4, description="Share of the run (clock or steps) that decays.")
     warmdown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     min_lr_fraction: Fraction = Field(default=0.0, description="Multiplier at the end of the warmdown.")
@@ -166,14 +190,18 @@ class QatConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    every_steps: PositiveInt | None = Field(default=None, description="Validate each N steps.")
+    """When to validate on the way (the end of a run is always validated), and how much at once."""
+
+    every_steps: Count | None = Field(default=None, description="Validate each N steps.")
     every_fraction: float | None = Field(
         default=0.1, gt=0, le=1, description="Validate each time this share of the run has passed."
     )
-    batch_tokens: PositiveInt = Field(default=65536, description="Tokens per forward pass of an evaluation.")
+    batch_tokens: BatchTokens = Field(default=65536, description="Tokens per forward pass of an evaluation.")
 
 
 class ExportConfig(_Section):
+    """How the exporter rounds matrices, and training with it: symmetric integers, one scale a row."""
+
     bits: int = Field(default=6, ge=4, le=8, description="Bits of the block matrices and the embedding.")
     clip_sigma: float | None = Field(
         default=None, gt=0, description="Clip rows at k standard deviations; default: the row's largest magnitude."
@@ -190,7 +218,7 @@ class TrainerSettings(_Section):
     qat: QatConfig = QatConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
-    log_every_steps: PositiveInt = Field(default=10, description="A train line each N steps (and for the first ten).")
+    log_every_steps: Count = Field(default=10, description="A train line each N steps (and for the first ten).")
     checkpoint_seconds: float = Field(default=120.0, gt=0, description="Wall seconds between periodic checkpoints.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(default=None, description="torch.compile; default: on CUDA yes, on CPU no.")
@@ -209,14 +237,34 @@ class TrainConfig(TrainerSettings):
         given = [tokens for tokens in (self.limits.tokens, step_tokens) if tokens is not None]
         return min(given) if given else None
 
+    def require_reachable_loop(self) -> None:
+        """Raise InputError if the loop would only be switched on after the last step, so that it never trains.
+
+        Known when a limit counts steps or tokens. Asked before a run, not of every config: sizes are also
+        predicted for configs whose limits mean nothing.
+        """
+        loop, limit = self.model.recurrence, self.token_limit
+        if loop is None or limit is None:
+            return
+        before = (math.ceil(limit / self.batch.train_batch_tokens) - 1) * self.batch.train_batch_tokens
+        last = before / limit
+        if loop.start_fraction > last:
+            raise InputError(
+                f"model.recurrence.start_fraction {loop.start_fraction} lies behind the last step, which begins at "
+                f"{last:.4g} of the run: the loop would never train; start it earlier, or take more steps"
+            )
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
     @classmethod
     def from_file(cls, path: Path) -> TrainConfig:
-        """Read a JSON config. Raises OSError, or ValueError (pydantic's ValidationError is one) naming the field."""
+        """Read a JSON config. Raises OSError, or InputError naming the file and the field."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        return cls.model_validate(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{path} is not a configuration: {error}") from error

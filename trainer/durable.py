@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -14,8 +14,12 @@ _CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name `path` when the block ends well, and leaves no trace when it does not."""
+def replacing(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` when the block ends well, and leaves no trace when it does not.
+
+    `check` reads the file as it lies on the disk, still under another name; if it raises, whatever `path` held
+    before stays. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     aside = Path(name)
@@ -24,6 +28,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        if check is not None:
+            check(aside)
         # mkstemp makes private files; what we publish is as readable as any other new file.
         mask = os.umask(0)
         os.umask(mask)
@@ -39,8 +45,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    with replacing(path) as stream:
+def write_whole(path: Path, data: bytes, check: Callable[[Path], None] | None = None) -> None:
+    """Write a file whole or not at all; for `check` see `replacing`. Raises OSError, and what `check` raises."""
+    with replacing(path, check) as stream:
         stream.write(data)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from trainer.data.byte_table import ByteTable
 from trainer.data.manifest import DataSet, DataSetError
-from trainer.data.shards import check_tokens, open_shard
+from trainer.data.shards import Tokens, check_tokens, open_shard
+from trainer.errors import InputError
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,30 +33,50 @@ class Score:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationStream:
+    """The validation shards as one stream `(count,)` of tokens, and the bytes of all of them but the first.
+
+    Counting bytes reads the whole stream; a run that validates often loads it once.
+    """
+
+    tokens: Tokens
+    bytes: int
+
+    @classmethod
+    def load(cls, dataset: DataSet) -> ValidationStream:
+        """Raises DataSetError, ShardError or InputError for bad data."""
+        shards = []
+        for path in dataset.val_shards:
+            shard = open_shard(path)
+            check_tokens(path, shard, dataset.manifest.vocab_size)
+            shards.append(shard)
+        stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
+        counted = int(ByteTable.load(dataset.tokenizer_path).count(stream[:-1], stream[1:]).sum())
+        scored, manifest = stream.size - 1, dataset.manifest
+        if (scored, counted) != (manifest.val_tokens, manifest.val_bytes):
+            raise DataSetError(
+                f"{dataset.path}: the validation stream has {scored} tokens for {counted} bytes, the manifest says "
+                f"{manifest.val_tokens} for {manifest.val_bytes}; prepare the data set again"
+            )
+        return cls(tokens=stream, bytes=counted)
+
+
 def evaluate(
     token_losses: TokenLosses,
-    dataset: DataSet,
+    validation: ValidationStream,
     *,
     seq_len: int,
     batch_tokens: int,
     device: torch.device | str,
 ) -> Score:
-    """Score the validation shards with `token_losses(inputs, targets)`: `(batch, time)` int64, to nats of that shape.
+    """Score the validation stream with `token_losses(inputs, targets)`: `(batch, time)` int64, to nats of that shape.
 
     Every call has the same shape, `(max(1, batch_tokens // seq_len), seq_len)` (fewer rows if the whole stream
-    needs fewer), so that a compiled model is compiled once. Raises DataSetError or ShardError for bad data, and
-    ValueError if a loss is not finite.
+    needs fewer), so that a compiled model is compiled once. Raises InputError if a loss is not finite.
     """
-    stream = _validation_stream(dataset)
-    table = ByteTable.load(dataset.tokenizer_path)
+    stream = validation.tokens
     scored = stream.size - 1
-    total_bytes = int(table.count(stream[:-1], stream[1:]).sum())
-    if (scored, total_bytes) != (dataset.manifest.val_tokens, dataset.manifest.val_bytes):
-        raise DataSetError(
-            f"{dataset.path}: the validation stream has {scored} tokens for {total_bytes} bytes, the manifest says "
-            f"{dataset.manifest.val_tokens} for {dataset.manifest.val_bytes}; prepare the data set again"
-        )
-
     windows = -(-scored // seq_len)
     rows = min(max(1, batch_tokens // seq_len), windows)
     per_call = rows * seq_len
@@ -74,20 +95,10 @@ def evaluate(
             nats += losses.reshape(-1)[:count].sum(dtype=torch.float64)
     total_nats = float(nats)
     if not math.isfinite(total_nats):
-        raise ValueError(f"the validation loss is {total_nats}: the weights are not usable")
+        raise InputError(f"the validation loss is {total_nats}: the weights are not usable")
     return Score(
         loss=total_nats / scored,
-        bpb=total_nats / math.log(2) / total_bytes,
+        bpb=total_nats / math.log(2) / validation.bytes,
         tokens=scored,
-        bytes=total_bytes,
+        bytes=validation.bytes,
     )
-
-
-def _validation_stream(dataset: DataSet) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
-    shards = []
-    for path in dataset.val_shards:
-        tokens = open_shard(path)
-        check_tokens(path, tokens, dataset.manifest.vocab_size)
-        shards.append(tokens)
-    stream: np.ndarray[tuple[int], np.dtype[np.uint16]] = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    return stream

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from trainer import sizing
-from trainer.artifact import Artifact, pack, read_artifact
+from trainer.artifact import Artifact, pack, unpack
 from trainer.checkpoint import load_model
 from trainer.config import ExportConfig
 from trainer.data.manifest import DataSet
 from trainer.durable import write_whole
+from trainer.errors import InputError
 from trainer.quantization.fake_quant import fake_quantize
 from trainer.quantization.rounding import largest_value, row_scales
-from trainer.report import ExportResult
+from trainer.report import RESULT_NAME, ExportResult
 
 ARTIFACT_NAME = "model.caddie"
 # A scale in fp16 is off by at most 2^-11 of itself, or by half of the smallest subnormal.
@@ -23,32 +24,36 @@ _HALF_RELATIVE = 2.0**-11
 _HALF_ABSOLUTE = 2.0**-25
 
 
-class ExportError(ValueError):
-    """An artifact that does not hold what it should; it is not left behind."""
+class ExportError(InputError):
+    """An artifact that does not hold what it should; it is not left behind, and an earlier one stays."""
 
 
 def export(model_path: Path, dataset: DataSet, out: Path) -> ExportResult:
-    """Quantise `model_path` into `out/model.caddie`, read the file back and prove every tensor.
+    """Quantise `model_path` into `out/model.caddie`: the written bytes are read back and every tensor is proved
+    before they take that name. An old `out/result.json` goes once the input is accepted.
 
-    Raises OSError, or ValueError (a bad model, data of another vocabulary, or an ExportError).
+    Raises OSError, or InputError (a bad model, other data than it was trained on, or an ExportError).
     """
-    model, config = load_model(model_path, "cpu")
-    vocab_size = dataset.manifest.vocab_size
-    if config.model.vocab_size != vocab_size:
-        raise ExportError(
-            f"{model_path} has a vocabulary of {config.model.vocab_size}, the data in {dataset.path} one of "
-            f"{vocab_size}; export with the data that it was trained on"
-        )
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    data = pack(config, state, dataset.manifest.tokenizer.sha256)
+    saved = load_model(model_path, "cpu")
+    saved.require_data(dataset)
+    (out / RESULT_NAME).unlink(missing_ok=True)
+    config = saved.config
+    state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
+    data = pack(
+        config,
+        state,
+        tokenizer_sha256=saved.tokenizer_sha256,
+        recurrence_active=saved.model.recurrence_active,
+    )
     path = out / ARTIFACT_NAME
-    write_whole(path, data)
-    try:
-        artifact = read_artifact(path)
-        error = prove(artifact, state)
-    except ValueError:
-        path.unlink(missing_ok=True)
-        raise
+    proofs: list[tuple[Artifact, float]] = []
+
+    def prove_written(aside: Path) -> None:
+        artifact = unpack(aside.read_bytes(), str(path))
+        proofs.append((artifact, prove(artifact, state)))
+
+    write_whole(path, data, check=prove_written)
+    ((artifact, error),) = proofs
     code_bytes = sizing.code_bytes()
     return ExportResult(
         artifact_path=str(path),

@@ -11,6 +11,10 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopAskedError(Exception):
+    """A stop signal came where the work in hand can be dropped."""
+
+
 class StopRequest:
     """Set once by a signal; never unset."""
 
@@ -19,6 +23,23 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
+
+    def check(self) -> None:
+        """Raise StopAskedError if a stop was asked for."""
+        if self:
+            raise StopAskedError(self.signal_name)
+
+    @contextmanager
+    def explains_errors(self) -> Iterator[None]:
+        """Work that can be dropped, not begun after a stop. An error in it while a stop is asked for is the stop's
+        doing: a signal to the whole process group also ends the compiler's workers. Raises StopAskedError."""
+        self.check()
+        try:
+            yield
+        except Exception as error:
+            if self:
+                raise StopAskedError(self.signal_name) from error
+            raise
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

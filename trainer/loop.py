@@ -8,12 +8,14 @@ from typing import Literal
 
 import torch
 
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
+from trainer.divergence import DivergedError
+from trainer.errors import InputError
 from trainer.interruption import stop_signals
-from trainer.report import Event, ExitCode, Reporter
-from trainer.training_run import DivergedError, TrainingRun
+from trainer.report import RESULT_NAME, Event, ExitCode, Reporter
+from trainer.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +25,21 @@ _CPU_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path, resume: str | None) -> ExitCode:
     """Train and write `out/model.pt` and `out/result.json`; say how it ended.
 
-    Raises ValueError or OSError for bad input (data, vocabulary, device, checkpoint) before anything is written.
+    An old `out/result.json` goes once the input is accepted. Raises InputError or OSError for bad input (settings,
+    data, vocabulary, device, checkpoint) before anything is written, and OSError if the end cannot be written.
     """
+    config.require_reachable_loop()
     dataset = DataSet.load(dataset_path)
     if dataset.manifest.vocab_size != config.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{dataset_path} has a vocabulary of {dataset.manifest.vocab_size}, "
             f"the configuration's model.vocab_size is {config.model.vocab_size}; make them equal"
         )
     device = choose_device(config.device)
     checkpoint = find_checkpoint(resume, checkpoints, config)
-    if checkpoint is not None and checkpoint.val_sha256 != dataset.manifest.val_sha256:
-        raise ValueError(
-            f"the checkpoint was made on other data than {dataset_path}; resume with the data it began with"
-        )
+    if checkpoint is not None:
+        _require_same_data(checkpoint, dataset)
+    (out / RESULT_NAME).unlink(missing_ok=True)
     torch.set_flush_denormal(True)  # denormals make a CPU crawl and mean nothing here
     reporter = Reporter()
     with stop_signals() as stop:
@@ -60,14 +63,14 @@ def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path,
             if not is_out_of_memory(error):
                 raise
             log.warning("%s", error)
-            reporter.say(Event(kind="out_of_memory", step=run.step if run else 0, detail=_memory_remedy(config)))
+            reporter.say(Event(kind="out_of_memory", step=run.step if run else 0, detail=_memory_remedy(config, run)))
             return ExitCode.OUT_OF_MEMORY
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Raises ValueError if CUDA is asked for and there is none."""
+    """Raises InputError if CUDA is asked for and there is none."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("the configuration asks for device cuda, but there is none here; use auto or cpu")
+        raise InputError("the configuration asks for device cuda, but there is none here; use auto or cpu")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -78,9 +81,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATION_FAILED)
 
 
-def _memory_remedy(config: TrainConfig) -> str:
+def _require_same_data(checkpoint: Checkpoint, dataset: DataSet) -> None:
+    for kind, was, now in (
+        ("validation", checkpoint.val_sha256, dataset.manifest.val_sha256),
+        ("training", checkpoint.train_sha256, dataset.manifest.train_sha256),
+    ):
+        if was != now:
+            raise InputError(
+                f"the checkpoint of step {checkpoint.step} was made on other {kind} data than {dataset.path} has; "
+                "resume with the data it began with"
+            )
+
+
+def _memory_remedy(config: TrainConfig, run: TrainingRun | None) -> str:
+    """What did not fit and the next smaller setting that is valid; `run` is None if it did not come to be."""
     batch = config.batch
-    micro = batch.micro_batch_tokens or batch.train_batch_tokens
+    if run is not None and run.evaluating:
+        tokens = config.evaluation.batch_tokens
+        half = tokens // 2 // batch.train_seq_len * batch.train_seq_len
+        remedy = f"set evaluation.batch_tokens to {half}" if half else "shorten train_seq_len or shrink the model"
+        return f"an evaluation batch of {tokens} tokens does not fit; {remedy}"
+    micro = batch.micro_tokens
     smaller = [
         tokens
         for tokens in range(batch.train_seq_len, micro, batch.train_seq_len)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trainer.config import TrainConfig
 
 HEADER_VERSION = 1
+RESULT_NAME = "result.json"
 
 
 class ExitCode(IntEnum):
@@ -33,7 +34,7 @@ class ExitCode(IntEnum):
     DIVERGED = 66
     OUT_OF_MEMORY = 67
     INTERRUPTED = 75
-    """Stopped by SIGTERM or SIGINT with a checkpoint written: start again with --resume to go on."""
+    """Stopped by SIGTERM or SIGINT, with a checkpoint if it made a step: start again with --resume to go on."""
 
 
 class _Value(BaseModel):
@@ -241,6 +242,10 @@ class EvaluateResult(_Value):
     val_tokens: int
     val_bytes: int
     wall_seconds: float
+    device: str | None = Field(default=None, description="Name of the device that scored; None in older files.")
+    compute_dtype: str | None = Field(
+        default=None, description="Of the matrix products, such as bfloat16, which moves a score a little."
+    )
 
 
 Result = TrainResult | ExportResult | EvaluateResult

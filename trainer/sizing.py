@@ -1,4 +1,4 @@
-"""Bytes, parameters, FLOPs and memory of a configuration, before anything is trained. Torch-free."""
+"""Bytes, parameters and memory of a configuration, before anything is trained. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ INFERENCE_MODULES = (
     "trainer.data.manifest",
     "trainer.data.shards",
     "trainer.durable",
+    "trainer.errors",
     "trainer.evaluation",
     "trainer.model",
     "trainer.model.attention",
@@ -126,19 +127,6 @@ def inference_files() -> Iterator[Path]:
         yield path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, recurrence_active: bool) -> float:
-    """Training FLOPs (forward and backward) per token.
-
-    6 per matmul parameter used, looped layers each time they run, the tied head once, the embedding's look-up not;
-    and 6 * seq_len * model_dim per attention layer that runs (causal, so half of the square).
-    """
-    runs = _layer_runs(model, recurrence_active)
-    shapes = parameter_shapes(model)
-    layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.0.") and len(shape) == 2)
-    head = math.prod(shapes["tok_emb.weight"])
-    return 6.0 * (runs * layer + head) + 6.0 * seq_len * model.model_dim * runs
-
-
 def peak_memory_bytes(config: TrainConfig) -> int:
     """Rough estimate of peak device memory in training, for placement only; expect to be off by a third.
 
@@ -150,10 +138,10 @@ def peak_memory_bytes(config: TrainConfig) -> int:
     params = parameter_count(model)
     adam = model.vocab_size * model.model_dim
     states = params * (4 + 4 + 4 + 2) + adam * 4
-    tokens = batch.micro_batch_tokens or batch.train_batch_tokens
+    tokens = batch.micro_tokens
     kv_dim = model.num_kv_heads * model.head_dim
     per_layer = 2 * (6 * model.model_dim + 2 * kv_dim + 3 * model.mlp_dim)
-    activations = tokens * (_layer_runs(model, True) * per_layer + 12 * model.model_dim + 10 * model.vocab_size)
+    activations = tokens * (_layer_runs(model) * per_layer + 12 * model.model_dim + 10 * model.vocab_size)
     return int(states + activations + 600_000_000)
 
 
@@ -161,7 +149,8 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     """Bytes of the exported artifact, with an interval. Pure but for the sizes of our own source files.
 
     Without a calibration the interval is asymmetric: the longer the training, the heavier the rows' tails, the
-    fewer bits; freshly initialised (uniform) rows are its upper end.
+    fewer bits. It is meant for trained weights; rows as they are initialised (uniform) may take more than its
+    upper end, which is never above what uniform rows would take, but for 1 %.
     """
     model, export = config.model, config.export
     quantized = quantized_names(model)
@@ -201,9 +190,10 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     )
 
 
-def _layer_runs(model: ModelConfig, recurrence_active: bool) -> int:
+def _layer_runs(model: ModelConfig) -> int:
+    """Layers that one pass runs with the loop on."""
     loop = model.recurrence
-    if loop is None or not recurrence_active:
+    if loop is None:
         return model.num_layers
     return model.num_layers + (loop.last - loop.first + 1) * (loop.loops - 1)
 

@@ -15,32 +15,31 @@ from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
 from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataSet
+from trainer.divergence import DivergedError, DivergenceWatch
 from trainer.durable import sha256_of, write_whole
-from trainer.evaluation import Score, evaluate
-from trainer.interruption import StopRequest
+from trainer.evaluation import Score, ValidationStream, evaluate
+from trainer.interruption import StopAskedError, StopRequest
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
-from trainer.report import Event, ExitCode, Header, Reporter, TrainPoint, TrainResult, ValPoint, result_json
+from trainer.report import (
+    RESULT_NAME,
+    Event,
+    ExitCode,
+    Header,
+    Reporter,
+    TrainPoint,
+    TrainResult,
+    ValPoint,
+    result_json,
+)
 from trainer.schedules import lr_multiplier, planned_steps, progress
 from trainer.warmup import build_passes, warm_up
 
 _ALWAYS_LOGGED_STEPS = 10
 
 
-class DivergedError(ArithmeticError):
-    """A loss or a weight is no longer finite."""
-
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"{what} at step {step}")
-        self.step, self.what = step, what
-
-
-class _StopAskedError(Exception):
-    """A stop signal came where the work in hand can be dropped."""
-
-
 class TrainingRun:
-    """One run's state, and the loop over its steps."""
+    """One run's state, and the loop over its steps. `evaluating` tells whoever catches an error what it was at."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class TrainingRun:
         compiled = device.type == "cuda" if config.compile is None else config.compile
         self._passes = build_passes(self._model, compiled=compiled)
         self._optimizers = Optimizers(self._model, config.optimizer, self._passes.iteration)
-        micro_tokens = config.batch.micro_batch_tokens or config.batch.train_batch_tokens
+        micro_tokens = config.batch.micro_tokens
         self._micro_batches = config.batch.train_batch_tokens // micro_tokens
         self._loader = TokenLoader(
             dataset.train_shards,
@@ -73,34 +72,39 @@ class TrainingRun:
             device=device,
             vocab_size=config.model.vocab_size,
         )
-        self.step, self._tokens, self._evaluations_due, self._wall_before = 0, 0, 0, 0.0
+        self._validation = ValidationStream.load(dataset)
+        self.evaluating = False
+        self.step, self._tokens, self._wall_before = 0, 0, 0.0
+        # Fractions of `every_fraction` that are behind, and whether a validation that was due is still owed.
+        self._evaluations_due, self._evaluation_pending = 0, False
         self._clock = TrainingClock(device)
         if checkpoint is not None:
             self._restore(checkpoint)
         self._resumed_step = self.step
         self._checkpointed = time.monotonic()
         self._logged = (self._tokens, self._clock.seconds)
-        # The first step with a loss that is not finite, kept on the device so that no step waits for the answer.
-        self._bad_step = torch.full((), -1, device=device, dtype=torch.int64)
+        self._watch = DivergenceWatch(device)
 
     def run(self) -> ExitCode:
         self._reporter.say(self._header())
-        if self._passes.compiled or self._device.type == "cuda":
-            warm_up(self._model, self._passes, self._config, self._device)
-            self._clock.synchronize()
-        self._clock.start()
         try:
+            if self._passes.compiled or self._device.type == "cuda":
+                warm_up(self._model, self._passes, self._config, self._device, self._stop)
+                self._clock.synchronize()
+            if self._evaluation_pending:
+                self._evaluate_if_due()
+            self._clock.start()
             while not self._stop and (done := self._progress()) < 1.0:
                 self._switch(done)
                 loss = self._train_step(done)
                 self._report(loss)
                 self._evaluate_if_due()
                 if time.monotonic() - self._checkpointed >= self._config.checkpoint_seconds:
-                    self._save_checkpoint()
+                    self._save_periodically()
             if self._progress() < 1.0:
                 return self._interrupted()
             self._finish()
-        except _StopAskedError:
+        except StopAskedError:
             return self._interrupted()
         return ExitCode.OK
 
@@ -144,8 +148,10 @@ class TrainingRun:
         if qat.enabled and done >= qat.start_fraction and not self._model.fake_quant_active:
             self._model.set_fake_quant(True)
             error = self._model.quantization_error()
-            if not error > 0.0:
+            if not math.isfinite(error):
                 raise DivergedError(self.step, f"weights not finite (quantisation error {error})")
+            if error == 0.0:
+                raise RuntimeError("fake quantisation changes no weight: the switch has no effect in this build")
             self._reporter.say(Event(kind="late_qat", step=self.step, detail=f"enabled max_error:{error:.3g}"))
 
     def _train_step(self, done: float) -> Tensor:
@@ -158,8 +164,7 @@ class TrainingRun:
         self._optimizers.step(self.step, lr_multiplier(done, self.step, self._config.schedule))
         self.step += 1
         self._tokens += self._config.batch.train_batch_tokens
-        bad = ~torch.isfinite(total) & (self._bad_step < 0)
-        self._bad_step = torch.where(bad, self.step, self._bad_step)
+        self._watch.observe(self.step, total)
         self._clock.tick()
         return total
 
@@ -181,17 +186,7 @@ class TrainingRun:
                 )
             )
         if due or self._device.type == "cpu":
-            self._require_finite_losses()
-
-    def _require_finite_losses(self) -> None:
-        if (bad_step := int(self._bad_step)) >= 0:
-            raise DivergedError(bad_step, "training loss not finite")
-
-    def _require_finite(self) -> None:
-        """Before anything is written that others will build on. Waits for the device."""
-        self._require_finite_losses()
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._model.parameters()):
-            raise DivergedError(self.step, "weights not finite")
+            self._watch.require_finite_losses()
 
     def _evaluate_if_due(self) -> None:
         every = self._config.evaluation
@@ -199,28 +194,30 @@ class TrainingRun:
         fractions = math.floor(done / every.every_fraction + 1e-9) if every.every_fraction else 0
         by_steps = every.every_steps is not None and self.step % every.every_steps == 0
         if done < 1.0 and (fractions > self._evaluations_due or by_steps):
+            self._evaluation_pending = True
+        if self._evaluation_pending:
             self._evaluate()
-            self._evaluations_due = fractions
+            self._evaluations_due, self._evaluation_pending = fractions, False
 
     def _evaluate(self) -> Score:
         """Score the weights as they are, without fake quantisation: what a reload of them would score."""
         losses_finite = torch.ones((), dtype=torch.bool, device=self._device)
 
         def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:
-            if self._stop:
-                raise _StopAskedError
-            losses = self._passes.token_losses(inputs, targets)
+            with self._stop.explains_errors():
+                losses = self._passes.token_losses(inputs, targets)
             losses_finite.logical_and_(torch.isfinite(losses).all())
             return losses
 
+        self.evaluating = True
         with self._clock.paused():
-            self._require_finite()
+            self._watch.require_finite(self.step, self._model)
             quantizing = self._model.fake_quant_active
             self._model.set_fake_quant(False)
             try:
                 score = evaluate(
                     token_losses,
-                    self._dataset,
+                    self._validation,
                     seq_len=self._config.batch.train_seq_len,
                     batch_tokens=self._config.evaluation.batch_tokens,
                     device=self._device,
@@ -240,11 +237,22 @@ class TrainingRun:
                     elapsed_seconds=self._clock.seconds,
                 )
             )
+        self.evaluating = False
         return score
+
+    def _save_periodically(self) -> None:
+        """A disk that is full for a while costs a checkpoint, not the run."""
+        try:
+            self._save_checkpoint()
+        except OSError as error:
+            self._checkpointed = time.monotonic()
+            self._reporter.note(
+                f"no checkpoint at step {self.step}: {error}; the next try is in {self._config.checkpoint_seconds:g} s"
+            )
 
     def _save_checkpoint(self) -> None:
         with self._clock.paused():
-            self._require_finite()
+            self._watch.require_finite(self.step, self._model)
             rng = {"cpu": torch.get_rng_state()}
             if self._device.type == "cuda":
                 rng["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -257,9 +265,11 @@ class TrainingRun:
                     training_seconds=self._clock.seconds,
                     wall_seconds=self._wall_seconds(),
                     evaluations_due=self._evaluations_due,
+                    evaluation_pending=self._evaluation_pending,
                     recurrence_active=self._model.recurrence_active,
                     fake_quant_active=self._model.fake_quant_active,
                     val_sha256=self._dataset.manifest.val_sha256,
+                    train_sha256=self._dataset.manifest.train_sha256,
                     model=self._model.state_dict(),
                     optimizers=self._optimizers.state_dict(),
                     loader=self._loader.state_dict(),
@@ -279,23 +289,25 @@ class TrainingRun:
         if self._device.type == "cuda" and "cuda" in checkpoint.rng:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self._device)
         self.step, self._tokens = checkpoint.step, checkpoint.tokens
-        self._evaluations_due, self._wall_before = checkpoint.evaluations_due, checkpoint.wall_seconds
+        self._wall_before = checkpoint.wall_seconds
+        self._evaluations_due, self._evaluation_pending = checkpoint.evaluations_due, checkpoint.evaluation_pending
         self._clock = TrainingClock(self._device, checkpoint.training_seconds)
 
     def _wall_seconds(self) -> float:
         return self._wall_before + time.monotonic() - self._began
 
     def _interrupted(self) -> ExitCode:
+        """Without a new step there is nothing to keep (and after an unfinished warm-up the weights are none)."""
         self._clock.pause()
-        self._save_checkpoint()
+        if self.step > self._resumed_step:
+            self._save_checkpoint()
         self._reporter.say(Event(kind="interrupted", step=self.step, detail=str(self._stop.signal_name)))
         return ExitCode.INTERRUPTED
 
     def _finish(self) -> None:
-        """The final score, the weights and the result. A file of weights is what a reload runs, so the loop is on."""
+        """The final score of the weights as training ended, their file and the result."""
         self._clock.pause()
         seconds = self._clock.seconds
-        self._model.set_recurrence(True)
         score = self._evaluate()
         token_limit = self._config.token_limit
         finished = token_limit is not None and self._tokens >= token_limit
@@ -304,7 +316,14 @@ class TrainingRun:
             planned = self._config.limits.steps or self.step
             self._reporter.say(Event(kind="stopping_early", step=self.step, detail=detail, planned_steps=planned))
         path = self._out / "model.pt"
-        save_model(path, self._model, self._config)
+        manifest = self._dataset.manifest
+        save_model(
+            path,
+            self._model,
+            self._config,
+            tokenizer_sha256=manifest.tokenizer.sha256,
+            val_sha256=manifest.val_sha256,
+        )
         result = TrainResult(
             stop_reason="finished" if finished else "wallclock_cap",
             steps=self.step,
@@ -313,9 +332,9 @@ class TrainingRun:
             wall_seconds=self._wall_seconds(),
             val_loss=score.loss,
             val_bpb=score.bpb,
-            val_sha256=self._dataset.manifest.val_sha256,
+            val_sha256=manifest.val_sha256,
             params=sizing.parameter_count(self._config.model),
             model_path=str(path),
             model_sha256=sha256_of(path),
         )
-        write_whole(self._out / "result.json", result_json(result).encode("utf-8"))
+        write_whole(self._out / RESULT_NAME, result_json(result).encode("utf-8"))

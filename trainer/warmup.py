@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.interruption import StopRequest
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers, Orthogonalize, orthogonalize
 
@@ -38,12 +39,23 @@ def build_passes(model: GPT, *, compiled: bool, backend: str = "inductor") -> Pa
         return Passes(loss=model.forward, token_losses=model.token_losses, iteration=orthogonalize, compiled=False)
     # The default of 8 graphs a function is fewer than the switches need, and a full-graph function past it is an error.
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
+    if backend == "inductor":
+        _round_divisions()
     return Passes(
         loss=torch.compile(model.forward, dynamic=False, fullgraph=True, backend=backend),
         token_losses=torch.compile(model.token_losses, dynamic=False, fullgraph=True, backend=backend),
         iteration=torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=backend),
         compiled=True,
     )
+
+
+def _round_divisions() -> None:
+    """Inductor's own division on CUDA is off by an ulp at times: weights would not be rounded as the exporter does."""
+    from torch._inductor import config as inductor_config  # noqa: PLC0415 - seconds, and only compiled runs need it
+
+    numerics = getattr(inductor_config, "eager_numerics", None)
+    if numerics is not None and hasattr(numerics, "division_rounding"):
+        numerics.division_rounding = True
 
 
 def reachable_switches(config: TrainConfig) -> list[tuple[bool, bool]]:
@@ -55,11 +67,13 @@ def reachable_switches(config: TrainConfig) -> list[tuple[bool, bool]]:
     return [(moment >= loop_from, moment >= qat_from) for moment in moments]
 
 
-def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.device) -> None:
-    """Run every reachable pass and the optimiser once, and leave the weights and switches as they were.
+def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.device, stop: StopRequest) -> None:
+    """Run every pass that the run can still reach and the optimiser once; leave weights and switches as they were.
 
-    Raises RuntimeError if fake quantisation does not change the loss of the compiled pass: then a graph has
-    folded the switch away, and the run would train without what it promises.
+    States that the model's switches have passed (a resumed run) are left out, for switches never go off.
+    A stop that is asked for is heeded between graphs: then it raises StopAskedError and the weights are not put
+    back, the run being over. Raises RuntimeError if fake quantisation does not change the loss of the compiled
+    pass: then a graph has folded the switch away, and the run would train without what it promises.
     """
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     kept_switches = (model.recurrence_active, model.fake_quant_active)
@@ -69,22 +83,27 @@ def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.devic
             if parameter.ndim == 2:
                 parameter.normal_(std=_WARMUP_STD, generator=generator)
 
-    tokens = config.batch.micro_batch_tokens or config.batch.train_batch_tokens
-    shape = (tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
+    shape = (config.batch.micro_tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
     window = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
     losses: dict[tuple[bool, bool], float] = {}
     for loop, qat in reachable_switches(config):
+        if loop < kept_switches[0] or qat < kept_switches[1]:
+            continue
         model.set_recurrence(loop)
         model.set_fake_quant(qat)
-        loss = passes.loss(window[:, :-1], window[:, 1:])
-        torch.autograd.backward(loss)
+        with stop.explains_errors():
+            loss = passes.loss(window[:, :-1], window[:, 1:])
+            torch.autograd.backward(loss)
         losses[loop, qat] = float(loss.detach())
         if qat:
-            model.set_fake_quant(False)
-            plain = losses.get((loop, False), float(passes.loss(window[:, :-1], window[:, 1:]).detach()))
-            if plain == losses[loop, qat]:
+            if (loop, False) not in losses:
+                model.set_fake_quant(False)
+                with stop.explains_errors():
+                    losses[loop, False] = float(passes.loss(window[:, :-1], window[:, 1:]).detach())
+            if losses[loop, False] == losses[loop, qat]:
                 raise RuntimeError("fake quantisation does not change the loss: the switch has no effect in this build")
-    Optimizers(model, config.optimizer, passes.iteration).step(0, 1.0)
+    with stop.explains_errors():
+        Optimizers(model, config.optimizer, passes.iteration).step(0, 1.0)
 
     model.load_state_dict(kept)
     model.set_recurrence(kept_switches[0])

@@ -44,17 +44,21 @@ def _state(config: TrainConfig) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config.model).items()}
 
 
+def _packed(config: TrainConfig, state: dict[str, torch.Tensor] | None = None, loop: bool = True) -> bytes:
+    return pack(config, state or _state(config), tokenizer_sha256="ab" * 32, recurrence_active=loop)
+
+
 @pytest.fixture(scope="module")
 def packed() -> bytes:
     config = _config()
-    return pack(config, _state(config), "ab" * 32)
+    return _packed(config)
 
 
 @pytest.mark.parametrize(("bits", "clip"), [(4, None), (6, None), (6, 2.0), (8, 12.85)])
 def test_holds_exactly_the_fake_quantised_weights(bits: int, clip: float | None) -> None:
     config = _config(bits, clip)
     state = _state(config)
-    artifact = unpack(pack(config, state, "ab" * 32), "it")
+    artifact = unpack(_packed(config, state), "it")
     assert artifact.config == config
     assert artifact.manifest.scheme == f"int{bits}+zlib"
     assert artifact.manifest.tokenizer_sha256 == "ab" * 32
@@ -64,20 +68,21 @@ def test_holds_exactly_the_fake_quantised_weights(bits: int, clip: float | None)
         assert torch.equal(artifact.state[name].view(torch.int32), intended.view(torch.int32))
 
 
-def test_its_model_scores_as_the_fake_quantised_model_does(packed: bytes) -> None:
+@pytest.mark.parametrize("loop", [True, False])
+def test_its_model_scores_as_the_fake_quantised_model_does(loop: bool) -> None:
     config = _config()
     trained = GPT(config.model, config.export)
     trained.load_state_dict({n: w if w.dim() == 2 else w.half().float() for n, w in _state(config).items()})
-    trained.set_recurrence(True)
+    trained.set_recurrence(loop)
     trained.set_fake_quant(True)
     inputs, targets = torch.randint(0, 24, (2, 3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = unpack(packed, "it").model("cpu").token_losses(inputs, targets)
+        got = unpack(_packed(config, loop=loop), "it").model("cpu").token_losses(inputs, targets)
         assert torch.equal(got, trained.token_losses(inputs, targets))
 
 
 def test_packing_is_deterministic(packed: bytes) -> None:
-    assert pack(_config(), _state(_config()), "ab" * 32) == packed
+    assert _packed(_config()) == packed
 
 
 @settings(max_examples=300, deadline=None)
@@ -137,7 +142,8 @@ def _huge(manifest: dict, _: bytes) -> None:  # type: ignore[type-arg]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_huge, "cannot hold"),
+        (_huge, r"cannot hold \d+ parameters"),
+        (lambda m, _: m.update(recurrence_active="yes"), "manifest is not valid"),
         (lambda m, _: m["tensors"][3].update(bits=8), "lies at"),
         (lambda m, _: m["tensors"][3].update(offset=0), "lies at"),
         (lambda m, _: m["tensors"][3].update(shape=[1, 256]), "tensor table"),
@@ -179,10 +185,10 @@ def test_only_the_configs_finite_weights_are_packed() -> None:
     config = _config()
     state = _state(config)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn_scale"):
-        pack(config, {name: value for name, value in state.items() if name != "blocks.0.attn_scale"}, "x")
+        _packed(config, {name: value for name, value in state.items() if name != "blocks.0.attn_scale"})
     state["blocks.1.mlp_scale"][3] = 1e6
     with pytest.raises(ValueError, match="fp16"):
-        pack(config, state, "x")
+        _packed(config, state)
 
 
 def test_reading_a_file_names_it(tmp_path: Path, packed: bytes) -> None:

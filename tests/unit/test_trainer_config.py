@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.config import LimitsConfig, ModelConfig, TrainConfig
+from trainer.config import BatchConfig, LimitsConfig, ModelConfig, TrainConfig
+from trainer.errors import InputError
 
 
 def test_round_trip_through_a_file(tmp_path: Path) -> None:
@@ -25,6 +28,14 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
     [
         ({"limits": {}}, "give at least one of"),
         ({"limits": {"steps": 0}}, "limits.steps"),
+        ({"limits": {"steps": 10**15 + 1}}, "limits.steps"),
+        ({"limits": {"tokens": 10**400}}, "limits.tokens"),
+        ({"batch": {"train_batch_tokens": 2**40}}, "batch.train_batch_tokens"),
+        ({"batch": {"train_seq_len": 2**21}}, "batch.train_seq_len"),
+        ({"evaluation": {"batch_tokens": 2**32}}, "evaluation.batch_tokens"),
+        ({"schedule": {"warmup_steps": 10**10}}, "schedule.warmup_steps"),
+        ({"model": {"mlp_mult": 0.001}}, "leaves the MLP no hidden unit"),
+        ({"model": {"recurrence": {"first": 0, "last": 0, "start_fraction": 1.0}}}, "less than 1"),
         ({"limits": {"wallclock_seconds": float("inf")}}, "finite"),
         ({"modle": {}}, "modle"),
         ({"model": {"model_dim": 100, "num_heads": 8}}, "not divisible by num_heads"),
@@ -50,6 +61,50 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         TrainConfig.from_file(path)
+
+
+def test_a_file_of_another_shape_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"limits": {"steps": 1}, "modell": {}}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"config\.json is not a configuration(.|\n)*modell"):
+        TrainConfig.from_file(path)
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputError, match="not JSON"):
+        TrainConfig.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "last_start"),
+    [({"steps": 4}, 0.75), ({"tokens": 35}, 30 / 35), ({"steps": 4, "tokens": 20}, 0.5), ({"steps": 1}, 0.0)],
+)
+def test_a_loop_that_would_start_after_the_last_step_is_refused(limits: dict[str, int], last_start: float) -> None:
+    def config(start: float) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {
+                "limits": limits,
+                "batch": {"train_batch_tokens": 10, "train_seq_len": 5},
+                "model": {"recurrence": {"first": 0, "last": 0, "start_fraction": start}},
+            }
+        )
+
+    config(last_start).require_reachable_loop()
+    with pytest.raises(InputError, match="the loop would never train"):
+        config(last_start + 1e-6).require_reachable_loop()
+
+
+@given(seq_len=st.integers(1, 9000), windows=st.integers(1, 5000))
+def test_the_default_micro_batch_divides_the_batch_and_is_bounded(seq_len: int, windows: int) -> None:
+    batch = BatchConfig(train_batch_tokens=seq_len * windows, train_seq_len=seq_len)
+    micro = batch.micro_tokens
+    assert micro % seq_len == batch.train_batch_tokens % micro == 0
+    assert micro <= max(65536, seq_len)
+    larger = range(micro + seq_len, min(65536, batch.train_batch_tokens) + 1, seq_len)
+    assert not [tokens for tokens in larger if batch.train_batch_tokens % tokens == 0]
+
+
+def test_a_micro_batch_that_is_given_is_taken() -> None:
+    assert BatchConfig(train_batch_tokens=1024, train_seq_len=16, micro_batch_tokens=32).micro_tokens == 32
+    assert BatchConfig().micro_tokens == 65536
 
 
 def test_values_are_frozen() -> None:

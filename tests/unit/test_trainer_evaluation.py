@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet, DataSetError
 from trainer.data.shards import open_shard
 from trainer.data.verbs import prepare
-from trainer.evaluation import evaluate
+from trainer.errors import InputError
+from trainer.evaluation import ValidationStream, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def test_scores_every_token_once_whatever_the_window(dataset: DataSet, seq_len: 
         return _nats(inputs, targets)
 
     assert len(dataset.val_shards) > 1
-    score = evaluate(token_losses, dataset, seq_len=seq_len, batch_tokens=batch_tokens, device="cpu")
+    score = evaluate(
+        token_losses, ValidationStream.load(dataset), seq_len=seq_len, batch_tokens=batch_tokens, device="cpu"
+    )
     nats, counted, tokens = _reference(dataset)
     assert (score.bytes, score.tokens) == (counted, tokens)
     assert score.loss == pytest.approx(nats / tokens, abs=1e-9, rel=1e-9)
@@ -70,7 +72,7 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(dataset: DataSet) -> N
     uniform = math.log(vocab_size)
     score = evaluate(
         lambda inputs, _: torch.full(inputs.shape, uniform, dtype=torch.float64),
-        dataset,
+        ValidationStream.load(dataset),
         seq_len=32,
         batch_tokens=256,
         device="cpu",
@@ -80,13 +82,14 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(dataset: DataSet) -> N
 
 
 def test_a_loss_that_is_not_finite_is_an_error(dataset: DataSet) -> None:
-    with pytest.raises(ValueError, match="validation loss is nan"):
+    validation = ValidationStream.load(dataset)
+    with pytest.raises(InputError, match="validation loss is nan"):
         evaluate(
-            lambda inputs, _: torch.full(inputs.shape, math.nan), dataset, seq_len=8, batch_tokens=64, device="cpu"
+            lambda inputs, _: torch.full(inputs.shape, math.nan), validation, seq_len=8, batch_tokens=64, device="cpu"
         )
 
 
-def test_a_manifest_that_counts_otherwise_is_an_error(dataset: DataSet, tmp_path: Path) -> None:
+def test_a_manifest_that_counts_otherwise_is_an_error(dataset: DataSet) -> None:
     manifest = dataset.manifest.model_copy(update={"val_bytes": dataset.manifest.val_bytes + 1})
     with pytest.raises(DataSetError, match="validation stream"):
-        evaluate(_nats, DataSet(path=dataset.path, manifest=manifest), seq_len=8, batch_tokens=64, device="cpu")
+        ValidationStream.load(DataSet(path=dataset.path, manifest=manifest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.artifact import pack, unpack
-from trainer.checkpoint import save_model
+from trainer.artifact import ArtifactError, pack, unpack
+from trainer.checkpoint import CheckpointError, save_model
 from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
@@ -45,10 +46,16 @@ def _model(vocab_size: int = VOCAB, clip: float | None = None) -> tuple[GPT, Tra
     return model, config
 
 
+def _save(path: Path, dataset: DataSet, model: GPT, config: TrainConfig, **other: str) -> None:
+    manifest = dataset.manifest
+    hashes = {"tokenizer_sha256": manifest.tokenizer.sha256, "val_sha256": manifest.val_sha256} | other
+    save_model(path, model, config, **hashes)
+
+
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_export_writes_a_proved_artifact(dataset: DataSet, tmp_path: Path, clip: float | None) -> None:
     model, config = _model(clip=clip)
-    save_model(tmp_path / "model.pt", model, config)
+    _save(tmp_path / "model.pt", dataset, model, config)
     result = export(tmp_path / "model.pt", dataset, tmp_path / "out")
     written = (tmp_path / "out" / "model.caddie").read_bytes()
     assert result.weights_bytes == len(written)
@@ -63,24 +70,43 @@ def test_export_writes_a_proved_artifact(dataset: DataSet, tmp_path: Path, clip:
 
 def test_the_predicted_interval_covers_the_export(dataset: DataSet, tmp_path: Path) -> None:
     model, config = _model()
-    save_model(tmp_path / "model.pt", model, config)
+    _save(tmp_path / "model.pt", dataset, model, config)
     result = export(tmp_path / "model.pt", dataset, tmp_path / "out")
     estimate = predict_artifact(config)
     assert estimate.low_bytes <= result.artifact_bytes <= estimate.high_bytes
 
 
-def test_another_vocabulary_is_refused(dataset: DataSet, tmp_path: Path) -> None:
-    model, config = _model(vocab_size=VOCAB + 1)
-    save_model(tmp_path / "model.pt", model, config)
-    with pytest.raises(ExportError, match="vocabulary of 301"):
-        export(tmp_path / "model.pt", dataset, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("vocab_size", "other", "message"),
+    [
+        (VOCAB + 1, {}, "vocabulary of 301"),
+        (VOCAB, {"tokenizer_sha256": "0"}, "another tokenizer"),
+        (VOCAB, {"val_sha256": "0"}, "another validation set"),
+    ],
+)
+def test_other_data_than_that_of_the_training_is_refused(
+    dataset: DataSet, tmp_path: Path, vocab_size: int, other: dict[str, str], message: str
+) -> None:
+    (tmp_path / "result.json").write_text("of an earlier export")
+    _save(tmp_path / "model.pt", dataset, *_model(vocab_size=vocab_size), **other)
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / "model.pt", dataset, tmp_path)
+    assert (tmp_path / "result.json").exists()
+    assert not (tmp_path / "model.caddie").exists()
+
+
+def test_an_old_result_goes_once_the_input_is_accepted(dataset: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("of an earlier export")
+    _save(tmp_path / "model.pt", dataset, *_model())
+    export(tmp_path / "model.pt", dataset, tmp_path)
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize("name", ["tok_emb.weight", "blocks.0.mlp.proj.weight", "blocks.0.attn_scale"])
 def test_a_tensor_off_by_the_smallest_amount_fails_the_proof(name: str) -> None:
     model, config = _model()
     state = {key: value.detach() for key, value in model.state_dict().items()}
-    artifact = unpack(pack(config, state, "x"), "it")
+    artifact = unpack(pack(config, state, tokenizer_sha256="x", recurrence_active=False), "it")
     assert prove(artifact, state) > 0
     altered = {**artifact.state, name: artifact.state[name].clone()}
     flat = altered[name].view(-1)
@@ -89,15 +115,21 @@ def test_a_tensor_off_by_the_smallest_amount_fails_the_proof(name: str) -> None:
         prove(replace(artifact, state=altered), state)
 
 
-def test_a_failed_proof_leaves_no_artifact(dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = _model()
-    save_model(tmp_path / "model.pt", model, config)
+@pytest.mark.parametrize("earlier", [None, b"an earlier good artifact"])
+def test_a_failed_proof_leaves_no_artifact_and_an_earlier_one_alone(
+    dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bytes | None
+) -> None:
+    _save(tmp_path / "model.pt", dataset, *_model())
+    out = tmp_path / "out"
+    out.mkdir()
+    if earlier is not None:
+        (out / "model.caddie").write_bytes(earlier)
 
-    def write_damaged(path: Path, data: bytes) -> None:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    def bad_disk(descriptor: int) -> None:
+        last = os.fstat(descriptor).st_size - 1
+        os.pwrite(descriptor, bytes([os.pread(descriptor, 1, last)[0] ^ 1]), last)
 
-    monkeypatch.setattr("trainer.export.write_whole", write_damaged)  # stands for a bad disk
-    with pytest.raises(ValueError, match="payload"):
-        export(tmp_path / "model.pt", dataset, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr("trainer.durable.os.fsync", bad_disk)
+    with pytest.raises(ArtifactError, match="payload"):
+        export(tmp_path / "model.pt", dataset, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == ({"model.caddie": earlier} if earlier else {})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +18,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import load_model, newest_first
+from trainer.checkpoint import Checkpoint, load_model, newest_first, save_checkpoint
 from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.data.verbs import prepare
-from trainer.evaluation import evaluate
+from trainer.divergence import DivergedError
+from trainer.errors import InputError
+from trainer.evaluation import ValidationStream, evaluate
+from trainer.interruption import StopAskedError, StopRequest
 from trainer.loop import is_out_of_memory, train
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint, TrainResult, ValPoint, parse_line, read_result
-from trainer.warmup import build_passes, reachable_switches, warm_up
+from trainer.warmup import Passes, build_passes, reachable_switches, warm_up
 
 VOCAB = 300
 
@@ -84,6 +92,10 @@ def losses(lines: list[Line]) -> dict[int, float]:
     return {line.step: line.train_loss for line in lines if isinstance(line, TrainPoint)}
 
 
+def scores(lines: list[Line]) -> list[tuple[int, float, float]]:
+    return [(line.step, line.val_loss, line.val_bpb) for line in lines if isinstance(line, ValPoint)]
+
+
 def events(lines: list[Line]) -> list[tuple[str, int]]:
     return [(line.kind, line.step) for line in lines if isinstance(line, Event)]
 
@@ -118,9 +130,32 @@ def test_a_run_from_header_to_result(data: Path, tmp_path: Path, capsys: pytest.
     assert (result.stop_reason, result.steps, result.tokens) == ("finished", 8, 512)
     assert losses(lines)[8] < losses(lines)[1]
     # What was reported is what a reload of the file scores.
-    model, _ = load_model(tmp_path / "model.pt", "cpu")
-    score = evaluate(model.token_losses, DataSet.load(data), seq_len=16, batch_tokens=512, device="cpu")
-    assert score.bpb == pytest.approx(result.val_bpb, abs=1e-9)
+    saved = load_model(tmp_path / "model.pt", "cpu")
+    saved.require_data(DataSet.load(data))
+    assert saved.model.recurrence_active
+    assert reloaded_bpb(saved.model, data) == pytest.approx(result.val_bpb, abs=1e-9)
+
+
+def reloaded_bpb(model: GPT, data: Path) -> float:
+    validation = ValidationStream.load(DataSet.load(data))
+    return evaluate(model.token_losses, validation, seq_len=16, batch_tokens=512, device="cpu").bpb
+
+
+def test_a_loop_that_the_clock_never_reached_is_off_in_the_score_and_in_the_file(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = config().model.model_dump()
+    model["recurrence"] |= {"start_fraction": 1 - 1e-9}
+    code, lines = run(config(limits={"wallclock_seconds": 0.1}, model=model), data, tmp_path, capsys)
+    assert code is ExitCode.OK
+    assert "layer_loop" not in dict(events(lines))
+    result = read_result(tmp_path / "result.json")
+    assert isinstance(result, TrainResult)
+    loaded = load_model(tmp_path / "model.pt", "cpu").model
+    assert not loaded.recurrence_active
+    assert reloaded_bpb(loaded, data) == pytest.approx(result.val_bpb, abs=1e-9)
+    loaded.set_recurrence(True)
+    assert reloaded_bpb(loaded, data) != pytest.approx(result.val_bpb, abs=1e-6)
 
 
 @pytest.mark.parametrize("step", [2, 7])  # before and after the switches
@@ -140,7 +175,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert isinstance(header, Header)
     assert header.resumed_step == step
     assert losses(first) | losses(second) == losses(whole)
-    ours, theirs = (load_model(tmp_path / name / "model.pt", "cpu")[0].state_dict() for name in ("whole", "parts"))
+    ours, theirs = (load_model(tmp_path / name / "model.pt", "cpu").model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -153,13 +188,24 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
         os.kill(os.getpid(), signal.SIGINT)
         return plain(self, inputs, targets)
 
-    monkeypatch.setattr(GPT, "token_losses", stopping)
-    code, lines = run(
-        config(evaluation={"every_fraction": None, "every_steps": 3, "batch_tokens": 32}), data, tmp_path, capsys
-    )
-    assert code is ExitCode.INTERRUPTED
-    assert events(lines)[-1] == ("interrupted", 3)
-    assert not any(isinstance(line, ValPoint) for line in lines)
+    settings = config(evaluation={"every_fraction": 0.6, "every_steps": 3, "batch_tokens": 32})
+    _, whole = run(settings, data, tmp_path / "whole", capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(GPT, "token_losses", stopping)
+        code, lines = run(settings, data, tmp_path / "parts", capsys)
+        assert code is ExitCode.INTERRUPTED
+        assert events(lines)[-1] == ("interrupted", 3)
+        assert not any(isinstance(line, ValPoint) for line in lines)
+        # Stopped again while it is made good: still owed, and the checkpoint stays as it is.
+        written = newest_first(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns
+        code, lines = run(settings, data, tmp_path / "parts", capsys, resume="auto")
+        assert (code, events(lines)) == (ExitCode.INTERRUPTED, [("interrupted", 3)])
+        assert newest_first(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns == written
+    code, resumed = run(settings, data, tmp_path / "parts", capsys, resume="auto")
+    assert code is ExitCode.OK
+    assert isinstance(resumed[1], ValPoint)  # before the first step
+    assert scores(resumed) == scores(whole)
+    assert [step for step, _, _ in scores(whole)] == [3, 5, 6, 8]
 
 
 def test_the_clock_ends_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +271,147 @@ def test_running_out_of_memory_names_the_micro_batch_and_the_remedy(
     assert last.detail == "a micro-batch of 32 tokens does not fit; set batch.micro_batch_tokens to 16"
 
 
+def test_an_evaluation_that_does_not_fit_names_its_own_batch(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(GPT, "token_losses", failing)
+    code, lines = run(config(), data, tmp_path, capsys)
+    assert code is ExitCode.OUT_OF_MEMORY
+    last = lines[-1]
+    assert isinstance(last, Event)
+    assert last.detail == "an evaluation batch of 512 tokens does not fit; set evaluation.batch_tokens to 256"
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {2, 3}
+
+    def saving(directory: Path, checkpoint: Checkpoint) -> Path:
+        if checkpoint.step in full:
+            raise OSError(errno.ENOSPC, "No space left on device", "the checkpoint")
+        return save_checkpoint(directory, checkpoint)
+
+    monkeypatch.setattr("trainer.training_run.save_checkpoint", saving)
+    settings = config(limits={"steps": 4}, checkpoint_seconds=1e-9, qat={"enabled": False})
+    assert train(settings, data, tmp_path, tmp_path / "checkpoints", None) is ExitCode.OK
+    printed = capsys.readouterr().out.splitlines()
+    notes = [line for line in printed if parse_line(line) is None]
+    assert len(notes) == 2
+    assert notes[0].startswith("no checkpoint at step 2: [Errno 28] No space left on device")
+    assert [line.split()[0] for line in printed if line.startswith("checkpoint:")] == [
+        "checkpoint:step_00000001.pt",
+        "checkpoint:step_00000004.pt",
+    ]
+    full.add(1)
+    stop_at_step(monkeypatch, 1)
+    with pytest.raises(OSError, match="No space left"):  # what an interruption leaves must not be lost silently
+        train(config(), data, tmp_path / "stopped", tmp_path / "stopped" / "checkpoints", None)
+
+
+def test_other_training_data_is_refused_on_resuming(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_at_step(patched, 2)
+        run(config(), data, tmp_path / "out", capsys)
+    other = shutil.copytree(data, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["train"][0]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="other training data than"):
+        train(config(), other, tmp_path / "out", tmp_path / "out" / "checkpoints", "auto")
+
+
+def test_weights_that_broke_and_a_switch_that_does_nothing_are_told_apart(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(qat={"start_fraction": 0.0})
+    monkeypatch.setattr(GPT, "quantization_error", lambda _: 0.0)
+    with pytest.raises(RuntimeError, match="the switch has no effect") as caught:
+        run(settings, data, tmp_path, capsys)
+    assert not isinstance(caught.value, DivergedError)
+    capsys.readouterr()
+    monkeypatch.setattr(GPT, "quantization_error", lambda _: float("nan"))
+    code, lines = run(settings, data, tmp_path, capsys)
+    assert (code, events(lines)[-1]) == (ExitCode.DIVERGED, ("diverged", 0))
+
+
+def test_a_stop_while_warming_up_ends_the_run_without_a_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler_dies(*_: object) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a worker of the compiler died")
+
+    def passes(model: GPT, *, compiled: bool) -> Passes:
+        return replace(build_passes(model, compiled=False), loss=compiler_dies, compiled=compiled)
+
+    monkeypatch.setattr("trainer.training_run.build_passes", passes)
+    code, lines = run(config(compile=True), data, tmp_path, capsys)
+    assert code is ExitCode.INTERRUPTED
+    assert events(lines) == [("interrupted", 0)]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_warming_up_looks_for_a_stop_between_graphs_and_lets_other_errors_be() -> None:
+    settings = config()
+    model = GPT(settings.model, settings.export)
+    stop, calls = StopRequest(), []
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append((model.recurrence_active, model.fake_quant_active))
+        stop.receive(signal.SIGTERM, None)
+        return model(inputs, targets)
+
+    passes = replace(build_passes(model, compiled=False), loss=loss)
+    with pytest.raises(StopAskedError):
+        warm_up(model, passes, settings, torch.device("cpu"), stop)
+    assert calls == [(False, False)]
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        warm_up(model, replace(passes, loss=broken), settings, torch.device("cpu"), StopRequest())
+
+
+def test_warming_up_a_resumed_run_leaves_out_what_lies_behind() -> None:
+    settings = config()
+    model = GPT(settings.model, settings.export)
+    calls: list[tuple[bool, bool]] = []
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append((model.recurrence_active, model.fake_quant_active))
+        return model(inputs, targets)
+
+    passes = replace(build_passes(model, compiled=False), loss=loss)
+    warm_up(model, passes, settings, torch.device("cpu"), StopRequest())
+    assert calls == [(False, False), (True, False), (True, True)]  # each of them once
+    calls.clear()
+    model.set_recurrence(True)
+    model.set_fake_quant(True)
+    warm_up(model, passes, settings, torch.device("cpu"), StopRequest())
+    assert calls == [(True, True), (True, False)]  # the second only to see that the switch has an effect
+    assert model.recurrence_active
+    assert model.fake_quant_active
+
+
+def test_an_old_result_goes_once_the_input_is_accepted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "result.json").write_text("of an earlier run")
+    with pytest.raises(InputError, match="manifest"):
+        train(config(), tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints", None)
+    assert (tmp_path / "result.json").exists()
+    stop_at_step(monkeypatch, 1)
+    assert run(config(), data, tmp_path, capsys)[0] is ExitCode.INTERRUPTED
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_other_errors_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
@@ -242,14 +429,35 @@ def test_bad_input_is_refused_before_anything_is_written(data: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_accumulated_micro_batches_equal_one_batch(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_accumulated_micro_batches_have_the_gradient_of_one_batch(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, split = run(config(), data, tmp_path / "split", capsys)
-    batch = {"train_batch_tokens": 64, "train_seq_len": 16}
-    _, whole = run(config(batch=batch), data, tmp_path / "whole", capsys)
-    assert losses(split)[1] == pytest.approx(losses(whole)[1], abs=2e-4)
-    assert losses(split)[3] == pytest.approx(losses(whole)[3], abs=2e-3)
+    seen: list[dict[str, Tensor]] = []
+    plain = GPT.__init__
+
+    def with_live_projections(self: GPT, *arguments: Any) -> None:
+        plain(self, *arguments)
+        with torch.no_grad():  # zero as they start, they would keep most gradients at zero
+            for name, parameter in self.named_parameters():
+                if name.endswith("proj.weight"):
+                    parameter.normal_(std=0.1)
+        monkeypatch.setattr(
+            Optimizers,
+            "step",
+            lambda *_: seen.append({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}),
+        )
+
+    monkeypatch.setattr(GPT, "__init__", with_live_projections)
+    for micro in (64, 32, 16):
+        batch = {"train_batch_tokens": 64, "train_seq_len": 16, "micro_batch_tokens": micro}
+        settings = config(batch=batch, limits={"steps": 1}, model=config().model.model_dump() | {"recurrence": None})
+        run(settings, data, tmp_path / str(micro), capsys)
+    whole, *split = seen
+    assert whole.keys() == dict(GPT(config().model).named_parameters()).keys()
+    for gradients in split:
+        for name, gradient in whole.items():
+            assert bool(gradient.abs().max() > 0), name
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_reachable_switches_follow_the_order_of_the_run() -> None:
@@ -263,7 +471,7 @@ def test_warming_up_leaves_everything_as_it_was_and_compares_the_switches(monkey
     model = GPT(settings.model, settings.export)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    warm_up(model, build_passes(model, compiled=False), settings, torch.device("cpu"))
+    warm_up(model, build_passes(model, compiled=False), settings, torch.device("cpu"), StopRequest())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.recurrence_active
     assert not model.fake_quant_active
@@ -271,19 +479,36 @@ def test_warming_up_leaves_everything_as_it_was_and_compares_the_switches(monkey
     assert torch.equal(torch.get_rng_state(), random_state)
     monkeypatch.setattr(GPT, "set_fake_quant", lambda *_: None)  # a switch that a graph has folded away
     with pytest.raises(RuntimeError, match="does not change the loss"):
-        warm_up(model, build_passes(model, compiled=False), settings, torch.device("cpu"))
+        warm_up(model, build_passes(model, compiled=False), settings, torch.device("cpu"), StopRequest())
 
 
-def test_compiled_passes_train_like_plain_ones() -> None:
-    settings = config(model={"vocab_size": VOCAB, "num_layers": 1, "model_dim": 8, "num_heads": 1, "num_kv_heads": 1})
+def test_compiled_passes_have_the_losses_and_gradients_of_plain_ones_in_every_state() -> None:
+    shape = {"vocab_size": VOCAB, "num_layers": 1, "model_dim": 8, "num_heads": 1, "num_kv_heads": 1}
+    recurrence = {"first": 0, "last": 0, "start_fraction": 0.4}
+    settings = config(model=shape | {"recurrence": recurrence})
     model = GPT(settings.model, settings.export)
+    torch.compiler.reset()
     passes = build_passes(model, compiled=True, backend="aot_eager")
-    warm_up(model, passes, settings, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
     window = torch.randint(VOCAB, (2, 17))
     inputs, targets = window[:, :-1], window[:, 1:]
-    torch.testing.assert_close(passes.loss(inputs, targets), model(inputs, targets))
+    parameters = list(model.parameters())
+    seen = []
+    for loop, qat in reachable_switches(settings):
+        model.set_recurrence(loop)
+        model.set_fake_quant(qat)
+        compiled, plain = passes.loss(inputs, targets), model(inputs, targets)
+        torch.testing.assert_close(compiled, plain)
+        gradients = torch.autograd.grad(compiled, parameters)
+        for found, wanted in zip(gradients, torch.autograd.grad(plain, parameters), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        seen.append(gradients[0])
+    model.set_fake_quant(False)
     with torch.no_grad():
         torch.testing.assert_close(passes.token_losses(inputs, targets), model.token_losses(inputs, targets))
+    assert all(not torch.allclose(one, other, rtol=1e-3) for one, other in pairwise(seen))
 
 
 def test_the_clock_counts_only_while_it_runs() -> None:

@@ -51,6 +51,12 @@ def tokens(rows: int = 2, time: int = 9) -> tuple[Tensor, Tensor]:
     return window[:, :-1], window[:, 1:]
 
 
+def logits(model: GPT, inputs: Tensor) -> Tensor:
+    """(batch, time) -> (batch, time, vocab)."""
+    x, embedding = model._hidden(inputs)
+    return softcapped_logits(x, embedding, model.config.logit_softcap).view(*inputs.shape, -1)
+
+
 def rms(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
@@ -96,13 +102,13 @@ def test_logits_equal_the_slow_reference(loops: int) -> None:
     model = random_model(config)
     inputs, _ = tokens()
     expected = torch.stack([slow_logits(model, row) for row in inputs])
-    torch.testing.assert_close(model.logits(inputs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_are_the_cross_entropy_of_the_logits_and_forward_is_their_mean() -> None:
     model = random_model()
     inputs, targets = tokens()
-    expected = -torch.log_softmax(model.logits(inputs), -1).gather(2, targets.unsqueeze(2)).squeeze(2)
+    expected = -torch.log_softmax(logits(model, inputs), -1).gather(2, targets.unsqueeze(2)).squeeze(2)
     torch.testing.assert_close(model.token_losses(inputs, targets), expected)
     torch.testing.assert_close(model(inputs, targets), expected.mean())
     with torch.no_grad():
@@ -114,7 +120,7 @@ def test_no_position_sees_the_future() -> None:
     inputs, _ = tokens()
     changed = inputs.clone()
     changed[:, 5] = (changed[:, 5] + 1) % TINY.vocab_size
-    before, after = model.logits(inputs), model.logits(changed)
+    before, after = logits(model, inputs), logits(model, changed)
     torch.testing.assert_close(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
@@ -130,7 +136,7 @@ def test_blocks_start_as_the_identity() -> None:
     inputs, _ = tokens()
     x = rms(rms(model.tok_emb.weight[inputs]))
     cap = TINY.logit_softcap
-    torch.testing.assert_close(model.logits(inputs), cap * torch.tanh(x @ model.tok_emb.weight.T / cap))
+    torch.testing.assert_close(logits(model, inputs), cap * torch.tanh(x @ model.tok_emb.weight.T / cap))
 
 
 @given(st.integers(1, 40), st.integers(0, 30), st.integers(0, 30))
@@ -171,7 +177,7 @@ def test_grouped_heads_equal_keys_and_values_written_out_for_each_head() -> None
         state[name] = heads.repeat_interleave(2, dim=0).reshape(TINY.model_dim, TINY.model_dim)
     full.load_state_dict(state)
     inputs, _ = tokens()
-    torch.testing.assert_close(grouped.logits(inputs), full.logits(inputs))
+    torch.testing.assert_close(logits(grouped, inputs), logits(full, inputs))
 
 
 def test_rms_norm_has_the_value_and_gradient_of_the_formula() -> None:
@@ -204,7 +210,7 @@ def test_a_loop_equals_the_same_layers_copied() -> None:
         unrolled.blocks[target].load_state_dict(looped.blocks[source].state_dict())
     unrolled.tok_emb.load_state_dict(looped.tok_emb.state_dict())
     inputs, _ = tokens()
-    torch.testing.assert_close(looped.logits(inputs), unrolled.logits(inputs))
+    torch.testing.assert_close(logits(looped, inputs), logits(unrolled, inputs))
 
 
 def test_chunked_loss_has_the_value_and_gradients_of_the_plain_formula() -> None:
@@ -241,6 +247,15 @@ def test_fake_quantisation_is_that_of_the_exporter_on_exactly_the_quantised_tens
     torch.testing.assert_close(model(inputs, targets), plain)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_quantisation_error_of_a_broken_weight_is_not_finite(bad: float) -> None:
+    model = random_model(export=ExportConfig())
+    assert math.isfinite(model.quantization_error())
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc.weight")[3, 2] = bad
+    assert not math.isfinite(model.quantization_error())
+
+
 def test_switches_are_live_under_compile() -> None:
     config = TINY.model_copy(
         update={"num_layers": 1, "recurrence": RecurrenceConfig(first=0, last=0, start_fraction=0.5)}
@@ -264,4 +279,4 @@ def test_fake_quantisation_without_export_settings_is_refused() -> None:
     model = GPT(TINY)
     model.set_fake_quant(True)
     with pytest.raises(ValueError, match="ExportConfig"):
-        model.logits(tokens()[0])
+        logits(model, tokens()[0])

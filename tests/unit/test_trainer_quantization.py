@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.fake_quant import fake_quantize
-from trainer.quantization.rounding import dequantize, largest_value, quantize
+from trainer.quantization.rounding import dequantize, largest_value, quantize, round_to_half
 
 bits_and_clip = pytest.mark.parametrize(
     ("bits", "clip"), [(bits, clip) for bits in (4, 5, 6, 7, 8) for clip in (None, 2.5, 12.85)]
@@ -72,10 +72,36 @@ def test_the_gradient_is_the_identitys() -> None:
     assert torch.equal(weight.grad, upstream)
 
 
-def test_it_compiles_whole_and_keeps_the_dtype() -> None:
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.to(torch.float16).to(torch.float32)
+
+
+@given(st.floats(0, 65504, width=32), st.integers(-3, 3))
+def test_scales_are_rounded_as_a_cast_to_fp16_rounds(value: float, ulps: int) -> None:
+    near = torch.tensor([value, float(np.float16(value))])
+    scale = (near.view(torch.int32) + ulps).clamp(min=0).view(torch.float32).clamp(max=65504.0)
+    assert torch.equal(round_to_half(scale), _half(scale))
+
+
+def test_every_fp16_number_and_every_middle_between_two_is_rounded_as_the_cast_does() -> None:
+    numbers = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).to(torch.float32)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    infinity = torch.tensor(torch.inf)
+    for scale in (numbers, middles, torch.nextafter(middles, infinity), torch.nextafter(middles, -infinity)):
+        assert torch.equal(round_to_half(scale), _half(scale))
+
+
+def test_a_scale_that_is_no_number_stays_none_whatever_its_bits() -> None:
+    patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], dtype=torch.int32)
+    assert bool(round_to_half(patterns.view(torch.float32)).isnan().all())
+
+
+@bits_and_clip
+def test_it_compiles_whole_to_the_same_bits_and_keeps_the_dtype(bits: int, clip: float | None) -> None:
+    torch.compiler.reset()
     compiled = torch.compile(fake_quantize, backend="aot_eager", fullgraph=True)
     weight = _weight(4).requires_grad_()
-    assert torch.equal(compiled(weight, 6, None), fake_quantize(weight, 6, None))
+    assert torch.equal(compiled(weight, bits, clip), fake_quantize(weight, bits, clip))
     assert fake_quantize(weight.detach().to(torch.bfloat16), 6, None).dtype == torch.bfloat16
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ RESULTS: list[Result] = [
     ),
     EvaluateResult(
         source_path="a", source_sha256="b", source_kind="artifact", val_loss=2.0, val_bpb=1.0, val_sha256="c",
-        val_tokens=4, val_bytes=8, wall_seconds=0.5,
+        val_tokens=4, val_bytes=8, wall_seconds=0.5, device="NVIDIA H100", compute_dtype="bfloat16",
     ),
 ]  # fmt: skip
 
@@ -145,6 +146,13 @@ def test_results_round_trip(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(result_json(result), encoding="utf-8")
     assert read_result(path) == result
+
+
+def test_a_result_of_before_devices_were_named_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    old = {key: value for key, value in RESULTS[2].model_dump().items() if key not in {"device", "compute_dtype"}}
+    path.write_text(json.dumps({"result": old}), encoding="utf-8")
+    assert read_result(path) == RESULTS[2].model_copy(update={"device": None, "compute_dtype": None})
 
 
 def test_results_that_are_not_finite_or_not_results_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trainer.__main__ import app
 from trainer.checkpoint import save_model
 from trainer.config import LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
+from trainer.data.manifest import DataSet
 from trainer.model.gpt import GPT
 from trainer.report import EvaluateResult, ExportResult, read_result
 
@@ -50,7 +51,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=ModelConfig(vocab_size=300, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1),
     )
     torch.manual_seed(0)
-    save_model(folder / "model.pt", GPT(config.model, config.export), config)
+    manifest = DataSet.load(folder / "data").manifest
+    hashes = {"tokenizer_sha256": manifest.tokenizer.sha256, "val_sha256": manifest.val_sha256}
+    save_model(folder / "model.pt", GPT(config.model, config.export), config, **hashes)
     exported = _run("export", folder / "model.pt", "--data", folder / "data", "--out", folder / "export")
     assert exported.exit_code == 0, exported.output
     (folder / "export.log").write_text(exported.output)
@@ -86,6 +89,7 @@ def test_evaluate_scores_the_artifact_in_a_fresh_process(work: Path) -> None:
     assert isinstance(result, EvaluateResult)
     assert isinstance(exported, ExportResult)
     assert result.source_kind == "artifact"
+    assert (result.device, result.compute_dtype) == ("cpu", "float32")
     assert result.source_sha256 == exported.artifact_sha256
     expected = f"final_int6_zlib_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
     assert expected in done.stdout.splitlines()
@@ -138,13 +142,32 @@ def test_bad_input_is_one_line_and_exit_code_2(work: Path, tmp_path: Path) -> No
         assert not (tmp_path / "out" / "result.json").exists()
 
 
-def test_an_artifact_of_another_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
+def test_weights_of_another_tokenizer_are_refused(work: Path, tmp_path: Path) -> None:
     corpus = _corpus(tmp_path / "b.jsonl", seed=1)
     sizes = ("--vocab-size", 300, "--val-bytes", 900)
     assert _run("data", "prepare", corpus, "--out", tmp_path / "data", *sizes, "--seed", 3).exit_code == 0
-    done = _run("evaluate", work / "export" / "model.caddie", "--data", tmp_path / "data", "--out", tmp_path / "o")
+    for verb, source in (("evaluate", "export/model.caddie"), ("evaluate", "model.pt"), ("export", "model.pt")):
+        done = _run(verb, work / source, "--data", tmp_path / "data", "--out", tmp_path / "o")
+        assert done.exit_code == 2
+        assert "another tokenizer" in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("not the input's fault")
+
+    monkeypatch.setattr("trainer.export.pack", broken)
+    done = _run("export", work / "model.pt", "--data", work / "data", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, ValueError)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = _run("export", work / "model.pt", "--data", work / "data", "--out", tmp_path / "file")
     assert done.exit_code == 2
-    assert "another tokenizer" in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_data_verbs_and_help_never_import_torch(work: Path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
+from trainer.errors import InputError
+
 SPACE = "\u2581"
 
 Ids = npt.NDArray[Any]
@@ -54,11 +56,11 @@ class ByteTable:
 
     @classmethod
     def load(cls, tokenizer_path: Path) -> ByteTable:
-        """Raises ValueError, naming the file, if it is not a SentencePiece model."""
+        """Raises InputError, naming the file, if it is not a SentencePiece model."""
         try:
             return cls.of(SentencePieceProcessor(model_proto=tokenizer_path.read_bytes()))
         except RuntimeError as error:
-            raise ValueError(f"{tokenizer_path} is not a SentencePiece model: {error}") from error
+            raise InputError(f"{tokenizer_path} is not a SentencePiece model: {error}") from error
 
     def count(self, previous: Ids | Sequence[int], targets: Ids | Sequence[int]) -> npt.NDArray[np.int64]:
         """Bytes of each target `(n,)`, given the token before it `(n,)`. Raises IndexError outside the vocabulary."""

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from trainer.durable import replacing
+from trainer.errors import InputError
 
 
-class DocumentError(ValueError):
+class DocumentError(InputError):
     """Input that is not documents. Names the file and the line."""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.shards import ShardError, check_tokens, open_shard
+from trainer.errors import InputError
 
 _STATE_VERSION = 1
 
@@ -33,7 +34,7 @@ class TokenLoader:
         device: torch.device | str,
         vocab_size: int,
     ) -> None:
-        """Raises ShardError for a bad shard, ValueError if there is no window or the batch is not whole windows."""
+        """Raises ShardError for a bad shard, InputError if there is no window, ValueError for part windows."""
         if seq_len < 1 or batch_tokens < seq_len or batch_tokens % seq_len:
             raise ValueError(f"batch_tokens {batch_tokens} is not a positive multiple of seq_len {seq_len}")
         self._paths = tuple(shards)
@@ -41,7 +42,7 @@ class TokenLoader:
         self._windows_before = np.cumsum([0] + [max(0, tokens.size - 1) // seq_len for tokens in self._tokens])
         self._windows = int(self._windows_before[-1])
         if not self._windows:
-            raise ValueError(
+            raise InputError(
                 f"{len(self._paths)} train shards hold no window of {seq_len} + 1 tokens; "
                 "give more text or a smaller train_seq_len"
             )
@@ -80,17 +81,17 @@ class TokenLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where another loader of the same data and seed stopped. Raises ValueError for any other state."""
+        """Go on where another loader of the same data and seed stopped. Raises InputError for any other state."""
         mine = self.state_dict()
         for key in ("version", "seed", "seq_len", "windows"):
             if state.get(key) != mine[key]:
-                raise ValueError(
+                raise InputError(
                     f"the loader's state has {key} {state.get(key)}, this run has {mine[key]}; "
                     "resume with the same data"
                 )
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < self._windows:
-            raise ValueError(f"the loader's state points at window {position} of {self._windows} in epoch {epoch}")
+            raise InputError(f"the loader's state points at window {position} of {self._windows} in epoch {epoch}")
         self._epoch, self._position, self._ahead = epoch, position, None
         self._order = self._permutation(epoch)
 

@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trainer.data.shards import HEADER_BYTES, check_tokens, open_shard
 from trainer.durable import sha256_of, write_whole
+from trainer.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
 
 
-class DataSetError(ValueError):
+class DataSetError(InputError):
     """A data folder that cannot be used: the message names the file and what to do."""
 
 
@@ -65,6 +66,12 @@ class Manifest(_Value):
     def bytes_per_token(self) -> float:
         """Of the validation stream: `val_bpb = val_loss / ln 2 / bytes_per_token`."""
         return self.val_bytes / self.val_tokens
+
+    @property
+    def train_sha256(self) -> str:
+        """Names the training data: one digest over the hashes of the tokenizer and of the train shards, in order."""
+        hashes = (self.tokenizer.sha256, *(shard.sha256 for shard in self.train))
+        return hashlib.sha256("\n".join(hashes).encode("ascii", "replace")).hexdigest()
 
     @model_validator(mode="after")
     def _sums(self) -> Self:

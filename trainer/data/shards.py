@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.durable import replacing
+from trainer.errors import InputError
 
 MAGIC = 20240520
 VERSION = 1
@@ -21,7 +22,7 @@ SHARD_TOKENS = 100_000_000
 Tokens = npt.NDArray[np.uint16]
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """A file that is not a whole shard, or holds a token outside its vocabulary. Names the file and the offset."""
 
 

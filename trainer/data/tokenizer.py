@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from trainer.data.byte_table import SPACE
 from trainer.data.shards import Tokens
+from trainer.errors import InputError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 # Sentences beyond this many bytes would be skipped without a word; the default of 4,192 skips most documents.
@@ -25,7 +26,7 @@ _QUIET = 2
 _BATCH_DOCUMENTS = 256
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """No usable tokenizer: the message says what it lacks."""
 
 

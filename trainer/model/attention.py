@@ -57,6 +57,8 @@ class AttentionWeights(NamedTuple):
 
 
 class CausalSelfAttention(nn.Module):
+    """Grouped-query attention over the past, with RoPE and normed queries and keys; its matrices come prepared."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim

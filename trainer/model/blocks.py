@@ -42,6 +42,8 @@ Prepare = Callable[[Tensor, str], Tensor]
 
 
 class Mlp(nn.Module):
+    """Two matrices, (hidden, dim) and (dim, hidden), with a squared ReLU between them; they come prepared."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation: Activation = config.activation

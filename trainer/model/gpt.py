@@ -23,7 +23,7 @@ from trainer import sizing
 from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import RopeTables, rope_tables
 from trainer.model.blocks import Block
-from trainer.model.head import mean_loss, row_losses, softcapped_logits
+from trainer.model.head import mean_loss, row_losses
 from trainer.model.norm import rms_norm
 from trainer.model.recurrence import execution_order
 from trainer.quantization.fake_quant import fake_quantize
@@ -72,13 +72,17 @@ class GPT(nn.Module):
         self.fake_quant_active = active
 
     def quantization_error(self) -> float:
-        """Largest |fake-quantised weight - weight| over all quantised tensors. Waits for the device."""
+        """Largest |fake-quantised weight - weight| over all quantised tensors; not finite if one of them is not.
+
+        Waits for the device.
+        """
         with torch.no_grad():
-            return max(
-                float((self._fake_quantized(p) - p).abs().max())
+            errors = [
+                (self._fake_quantized(p) - p).abs().amax()
                 for name, p in self.named_parameters()
                 if name in self.quantized_names
-            )
+            ]
+            return float(torch.stack(errors).amax())
 
     def _fake_quantized(self, weight: Tensor) -> Tensor:
         if self.export is None:
@@ -93,10 +97,11 @@ class GPT(nn.Module):
 
     def _prepared(self, weight: Tensor, name: str) -> Tensor:
         """A weight as matrix products take it."""
-        return self._as_trained(weight, name).to(self._compute_dtype)
+        return self._as_trained(weight, name).to(self.compute_dtype)
 
     @property
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products take: bfloat16 on CUDA, float32 elsewhere."""
         return torch.bfloat16 if self.tok_emb.weight.is_cuda else torch.float32
 
     def _tables(self, time: int, dtype: torch.dtype) -> RopeTables:
@@ -110,19 +115,14 @@ class GPT(nn.Module):
         """(batch, time) int64 -> last hidden state (batch * time, dim), and the head's weight as this pass uses it."""
         master = self._as_trained(self.tok_emb.weight, "tok_emb.weight")
         # Looked up in float32, so that the gradients of a frequent token add up in float32 too.
-        x = rms_norm(functional.embedding(inputs, master)).to(self._compute_dtype)
+        x = rms_norm(functional.embedding(inputs, master)).to(self.compute_dtype)
         tables = self._tables(inputs.shape[1], x.dtype)
         blocks = [cast(Block, block) for block in self.blocks]
         # Once per pass, not once per run of a looped layer.
         weights = [block.prepared_weights(self._prepared, f"blocks.{index}") for index, block in enumerate(blocks)]
         for index in execution_order(self.config, self.recurrence_active):
             x = blocks[index](x, weights[index], tables)
-        return rms_norm(x).flatten(0, 1), master.to(self._compute_dtype)
-
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(batch, time) int64 -> softcapped logits (batch, time, vocab) in float32."""
-        x, embedding = self._hidden(inputs)
-        return softcapped_logits(x, embedding, self.config.logit_softcap).view(*inputs.shape, -1)
+        return rms_norm(x).flatten(0, 1), master.to(self.compute_dtype)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(batch, time) and (batch, time) int64 -> cross-entropy in nats (batch, time) float32."""

@@ -29,7 +29,7 @@ def encode(values: bytes) -> bytes:
 
 def decode(stream: bytes, count: int) -> bytes:
     """Exactly `count` bytes, or CodingError; never holds more than `count` + 1 bytes of output."""
-    if count > len(stream) * _LARGEST_RATIO + _SLACK_BYTES:
+    if not 0 <= count <= len(stream) * _LARGEST_RATIO + _SLACK_BYTES:
         raise CodingError(f"a stream of {len(stream)} bytes cannot hold the {count} bytes it claims")
     inflate = zlib.decompressobj()
     try:
