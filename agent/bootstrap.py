@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from agent.acting import Hands
 from agent.adapters.command_inbox import CommandInbox
 from agent.adapters.data_sets import val_sha256_of
 from agent.adapters.executors.local import LocalExecutor
@@ -16,6 +17,7 @@ from agent.adapters.workspace import Workspace
 from agent.decisions.budget_gate import size_of
 from agent.heartbeat import Heartbeat
 from agent.ledger.ledger import Ledger
+from agent.observing import Observer
 from agent.settings import Settings
 
 
@@ -29,14 +31,18 @@ def heartbeat(workspace: Workspace, settings: Settings) -> Iterator[Heartbeat]:
     """The parts of a heartbeat on one workspace. The caller holds the workspace's lock."""
     ledger = Ledger.open(workspace.database)
     gpus = GpuReader(deadline_seconds=settings.gpu_deadline_seconds, cpu_slots=settings.cpu_slots)
+    executor = LocalExecutor()
     try:
         yield Heartbeat(
-            workspace=workspace,
             ledger=ledger,
-            gpus=gpus,
-            executor=LocalExecutor(),
-            specs=spec_queue(workspace),
-            inbox=CommandInbox(workspace),
+            observer=Observer(
+                workspace=workspace,
+                gpus=gpus,
+                executor=executor,
+                specs=spec_queue(workspace),
+                inbox=CommandInbox(workspace),
+            ),
+            hands=Hands(workspace=workspace, ledger=ledger, executor=executor),
             journal=HeartbeatLog(workspace.logs),
             policy=settings.policy,
             size_of=size_of,

@@ -8,7 +8,6 @@ Heavy parts (SQLAlchemy, scipy) are imported inside the verbs that need them: `c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,7 +19,7 @@ from agent.domain.errors import CaddieError, LockHeldError, NotFoundError, SpecE
 from agent.domain.observations import CommandVerb
 from agent.domain.runfiles import LOG
 from agent.domain.specs import Metric, Spec
-from agent.domain.trials import TrialState
+from agent.domain.trials import RunKind, TrialState
 
 if TYPE_CHECKING:
     from agent.ledger.queries import LedgerReader
@@ -49,10 +48,6 @@ def main() -> None:
         _fail(error, 3)
     except CaddieError as error:
         _fail(error, 1)
-    except BrokenPipeError:
-        # `caddie runs | head`: the reader has gone, which is no error. Python would complain at exit otherwise.
-        sys.stderr.close()
-        raise SystemExit(0) from None
 
 
 def _fail(error: CaddieError, code: int) -> NoReturn:
@@ -68,18 +63,21 @@ def up(  # noqa: PLR0917 - each is an option of the command line, never position
     until_drained: Annotated[bool, typer.Option("--until-drained", help="Stop when nothing is left to do.")] = False,
     cpu_slots: Annotated[int | None, typer.Option(min=1, help="CPU slots; default: the cores here.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Log lines instead of the live view.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON record per heartbeat.")] = False,
 ) -> None:
     """Run the daemon in the foreground. Ctrl-C stops the daemon and leaves its runs alive."""
     from agent import foreground
 
-    foreground.run_daemon(
+    report = foreground.run_daemon(
         Workspace(workspace.resolve()),
         once=once,
         until_drained=until_drained,
-        plain=plain,
+        view="json" if as_json else "plain" if plain else "live",
         interval_seconds=interval,
         cpu_slots=cpu_slots,
     )
+    if once and (report is None or not report.ok):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -107,12 +105,14 @@ def queue(workspace: WorkspaceOption = HERE, as_json: JsonOption = False) -> Non
 
     with _ledger(workspace) as reader:
         held = reader.trials([TrialState.QUEUED, TrialState.PAUSED])
+        reasons = tables.wait_reasons(reader.heartbeats(1))
     files = sorted(path.name for path in _existing(workspace).queue.glob("*.y*ml"))
     waiting = sorted(held, key=lambda trial: (-trial.spec.priority, trial.trial_id))
     if as_json:
-        tables.print_json({"trials": [tables.summary(trial) for trial in waiting], "files": files})
+        told = [tables.summary(trial) | {"waiting_because": reasons.get(trial.key)} for trial in waiting]
+        tables.print_json({"trials": told, "files": files})
     else:
-        tables.queue(waiting, files)
+        tables.queue(waiting, reasons, files)
 
 
 @app.command()
@@ -139,7 +139,9 @@ def runs(
 def best(
     workspace: WorkspaceOption = HERE,
     track: Annotated[str | None, typer.Option(help="Only this track, as the table names it.")] = None,
-    metric: Annotated[str | None, typer.Option(help="raw or artifact; default: artifact where one was scored.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="raw, ema, artifact or sliding; default: artifact where one was scored.")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows per track.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
@@ -148,6 +150,8 @@ def best(
 
     with _ledger(workspace) as reader:
         board = reader.best(limit=limit, metric=_metric(metric), track=track)
+    if track is not None and not board:
+        raise NotFoundError(f"no track '{track}' has a score; caddie best without --track shows those that have")
     tables.print_json(board) if as_json else tables.leaderboard(board)
 
 
@@ -158,13 +162,14 @@ def show(trial: TrialArgument, workspace: WorkspaceOption = HERE, as_json: JsonO
 
     with _ledger(workspace) as reader:
         found = reader.trial(trial)
-        decisions = reader.decisions(found.trial_id)
-        projections = reader.projections(found.trial_id)
-        events = reader.events(found.trial_id)
-    if as_json:
-        tables.print_json({"trial": found, "decisions": decisions, "projections": projections, "events": events})
-    else:
-        tables.trial(found, decisions, projections, events)
+        dossier = tables.Dossier(
+            trial=found,
+            decisions=reader.decisions(found.trial_id),
+            projections=reader.projections(found.trial_id),
+            events=reader.events(found.trial_id),
+            commands=[command for command in reader.commands() if command.trial_id == found.trial_id],
+        )
+    tables.print_json(dossier) if as_json else tables.trial(dossier)
 
 
 @app.command()
@@ -182,25 +187,30 @@ def heartbeats(
 
 
 @app.command()
-def logs(
+def logs(  # noqa: PLR0917 - each is an option of the command line, never positional
     trial: TrialArgument,
     workspace: WorkspaceOption = HERE,
+    kind: Annotated[RunKind, typer.Option(help="Which of its runs: the newest one of this kind.")] = RunKind.TRAIN,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 40,
     as_json: JsonOption = False,
 ) -> None:
-    """The log of a trial's newest run."""
+    """The log of a trial's newest training run, or of its export or evaluation."""
     from agent import log_view, tables
 
+    if follow and as_json:
+        raise typer.BadParameter("a log that is followed has no end to close the JSON with", param_hint="--follow")
     with _ledger(workspace) as reader:
         found = reader.trial(trial)
-    if not found.runs:
-        raise NotFoundError(f"{found.key} has not been started yet, so it has no log")
-    folder = _existing(workspace).root / found.runs[-1].directory
+    runs_of_kind = found.runs_of(kind)
+    if not runs_of_kind:
+        raise NotFoundError(f"{found.key} has no {kind} run yet, so there is no log of one")
+    run = runs_of_kind[-1]
+    folder = _existing(workspace).root / run.directory
     if as_json:
         tables.print_json({"path": str(folder / LOG), "lines": log_view.tail(folder / LOG, lines)})
     else:
-        log_view.show(folder, lines=lines, follow=follow)
+        log_view.show(folder, lines=lines, follow=follow and run.live)
 
 
 Trials = Annotated[list[str], typer.Argument(help="Trials: number, NAME, or NAME@SEED.")]
@@ -250,10 +260,11 @@ def budget(
 
 
 @app.command()
-def schema() -> None:
-    """The JSON Schema of a spec, for editors."""
+def schema(as_json: JsonOption = True) -> None:
+    """The JSON Schema of a spec, for editors. Always JSON."""
     from agent import tables
 
+    del as_json  # there is no other form of it
     tables.print_json(Spec.model_json_schema())
 
 
@@ -272,11 +283,14 @@ def doctor(workspace: WorkspaceOption = HERE, as_json: JsonOption = False) -> No
 def demo(
     workspace: Annotated[Path, typer.Option("--workspace", "-w", help="Where to work.")] = Path("workspace/demo"),
     plain: Annotated[bool, typer.Option("--plain", help="Log lines instead of the live view.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with the leaderboard as JSON; all else on stderr.")
+    ] = False,
 ) -> None:
     """The main job on text that this machine already has: specs, runs, decisions, an exported model. Minutes."""
     from agent import demo as main_job
 
-    main_job.run(Workspace(workspace.resolve()), plain=plain)
+    main_job.run(Workspace(workspace.resolve()), view="quiet" if as_json else "plain" if plain else "live")
 
 
 def _existing(workspace: Path) -> Workspace:
@@ -287,11 +301,11 @@ def _existing(workspace: Path) -> Workspace:
 
 
 def _ledger(workspace: Path) -> LedgerReader:
-    from agent.ledger.queries import LedgerReader
-
     place = _existing(workspace)
     if not place.database.exists():
         raise NotFoundError(f"there is no ledger at {place.database} yet; caddie up makes it")
+    from agent.ledger.queries import LedgerReader
+
     return LedgerReader.open(place.database)
 
 
@@ -303,7 +317,11 @@ def _command(verb: CommandVerb, references: list[str], workspace: Path, as_json:
         found = [reader.trial(reference) for reference in references]
     inbox = CommandInbox(place)
     sent = [{"trial": trial.key, "verb": verb.value, "file": str(inbox.send(verb, trial.trial_id))} for trial in found]
-    when = "the daemon acts within a second" if place.daemon_pid() else "no daemon is running: caddie up will act on it"
+    when = (
+        "the daemon acts within a second"
+        if place.daemon_pid() is not None
+        else "no daemon is running: caddie up will act on it"
+    )
     _answer(as_json, sent, lambda: [f"{verb.value} {item['trial']}: asked; {when}" for item in sent])
 
 

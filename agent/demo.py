@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from agent import foreground, tables
@@ -25,22 +27,32 @@ _VOCABULARY = 1024
 _BEAT_SECONDS = 3.0
 
 
-def run(workspace: Workspace, *, plain: bool, study: Path = STUDY) -> None:
-    """Raises CaddieError when a step fails; what was done by then is kept, and the next call goes on from there."""
+def run(workspace: Workspace, *, view: foreground.View, study: Path = STUDY) -> None:
+    """Raises CaddieError when a step fails; what was done by then is kept, and the next call goes on from there.
+
+    With the view `quiet` the leaderboard is printed as JSON and everything else goes to stderr.
+    """
     specs = sorted(study.glob("*.yaml"))
     if not specs:
-        raise WorkspaceError(f"no specs in {study}. Run the demo from a clone of the repository, or name --study DIR")
-    workspace.create()
-    _prepare(workspace)
-    for spec in specs:
-        # Straight into the queue, as a person would drop them: the daemon is the one who accepts or refuses.
+        raise WorkspaceError(f"no specs in {study}. Run the demo from a clone of the repository")
+    with redirect_stdout(sys.stderr) if view == "quiet" else nullcontext():
+        workspace.create()
+        _prepare(workspace)
+        _drop(specs, workspace)
+        report = foreground.run_daemon(workspace, until_drained=True, view=view, interval_seconds=_BEAT_SECONDS)
+        if report is None or not report.drained:
+            tables.say(f"stopped before the queue was drained. Go on with: caddie up --workspace {workspace.root}")
+            raise SystemExit(130)
+    _answers(workspace, as_json=view == "quiet")
+
+
+def _drop(specs: Sequence[Path], workspace: Workspace) -> None:
+    """Straight into the queue, as a person would: the daemon is the one who accepts or refuses, and each only once."""
+    known = (workspace.queue, workspace.accepted, workspace.rejected)
+    fresh = [spec for spec in specs if not any((folder / spec.name).exists() for folder in known)]
+    for spec in fresh:
         write_text(workspace.queue / spec.name, spec.read_text(encoding="utf-8"))
-    tables.say(f"{len(specs)} specs dropped into {workspace.queue}; starting the daemon, Ctrl-C leaves its runs alive")
-    report = foreground.run_daemon(workspace, until_drained=True, plain=plain, interval_seconds=_BEAT_SECONDS)
-    if report is None or not report.drained:
-        tables.say(f"stopped before the queue was drained. Go on with: caddie up --workspace {workspace.root}")
-        raise SystemExit(130)
-    _answers(workspace)
+    tables.say(f"{len(fresh)} specs dropped into {workspace.queue}; starting the daemon, Ctrl-C leaves its runs alive")
 
 
 def _prepare(workspace: Workspace) -> None:
@@ -64,15 +76,18 @@ def _prepare(workspace: Workspace) -> None:
 def _trainer(what: str, *arguments: str) -> None:
     tables.say(f"{what} ...")
     argv = [sys.executable, "-m", "trainer", "data", *arguments]
-    code = subprocess.run(argv, check=False).returncode
+    code = subprocess.run(argv, check=False, stdout=sys.stderr).returncode
     if code:
         raise CaddieError(f"{what} failed with exit code {code}: {' '.join(argv)}. Its own words stand above")
 
 
-def _answers(workspace: Workspace) -> None:
+def _answers(workspace: Workspace, *, as_json: bool) -> None:
     from agent.ledger.queries import LedgerReader  # noqa: PLC0415 - SQLAlchemy, only needed at the end
 
     with LedgerReader.open(workspace.database) as reader:
+        if as_json:
+            tables.print_json(reader.best(limit=20))
+            return
         tables.leaderboard(reader.best(limit=20))
         tables.rejected(workspace.rejected)
         tables.heartbeats(reader.heartbeats(3))

@@ -130,14 +130,14 @@ def _daemon(workspace: Workspace) -> Check:
     pid = workspace.daemon_pid()
     if pid is None:
         return Check(name="daemon", verdict=Verdict.WARNING, finding="not running: caddie up")
-    return Check(name="daemon", verdict=Verdict.OK, finding=f"running, pid {pid}")
+    return Check(name="daemon", verdict=Verdict.OK, finding=f"running, pid {pid}" if pid else "starting")
 
 
 def _ledger(database: Path) -> Check:
     if not database.exists():
         return Check(name="ledger", verdict=Verdict.WARNING, finding="none yet: the first caddie up makes it")
     try:
-        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)
+        connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
         try:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         finally:
@@ -159,7 +159,7 @@ def _disk(workspace: Workspace, settings: Settings | None) -> Check:
 
 
 def _refused(rejected: Path) -> Check:
-    texts = sorted(rejected.glob("*.txt"))
+    texts = sorted(rejected.glob("*.txt"), key=lambda path: path.stat().st_mtime)
     if not texts:
         return Check(name="refused", verdict=Verdict.OK, finding="no spec was refused")
     return Check(name="refused", verdict=Verdict.WARNING, finding=f"{len(texts)} refused; newest reason in {texts[-1]}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 
@@ -17,13 +19,16 @@ from agent.domain.beats import BeatReport
 from agent.live import LiveView
 from agent.settings import load_settings
 
+View = Literal["live", "plain", "json", "quiet"]
+"""live: drawn in a terminal, lines elsewhere; plain: lines; json: one record a beat; quiet: lines on stderr."""
+
 
 def run_daemon(
     workspace: Workspace,
     *,
     once: bool = False,
     until_drained: bool = False,
-    plain: bool = False,
+    view: View = "live",
     interval_seconds: float | None = None,
     cpu_slots: int | None = None,
 ) -> BeatReport | None:
@@ -35,18 +40,16 @@ def run_daemon(
     workspace.create()
     settings = load_settings(workspace.settings_file, interval_seconds=interval_seconds, cpu_slots=cpu_slots)
     console = Console()
-    live = console.is_terminal and not (plain or once)
-    view: LiveView | None = None
+    screen: LiveView | None = None
     last: BeatReport | None = None
 
     def tell(report: BeatReport) -> None:
         nonlocal last
         last = report
-        if view is not None:
-            view.show(report)
+        if screen is not None:
+            screen.show(report)
         else:
-            sys.stdout.write(report.to_line() + "\n")
-            sys.stdout.flush()
+            _print(report, view)
 
     with workspace.lock(), _log_file(workspace), bootstrap.heartbeat(workspace, settings) as heartbeat:
         daemon = Daemon(
@@ -58,12 +61,23 @@ def run_daemon(
         )
         if once:
             daemon.once()
-        elif live:
-            with LiveView(console, workspace=str(workspace.root), interval_seconds=settings.interval_seconds) as view:
+        elif view == "live" and console.is_terminal:
+            with LiveView(console, workspace=str(workspace.root), interval_seconds=settings.interval_seconds) as screen:
                 daemon.run()
         else:
             daemon.run()
     return last
+
+
+def _print(report: BeatReport, view: View) -> None:
+    stream = sys.stderr if view == "quiet" else sys.stdout
+    text = json.dumps(report.to_record(), default=str) if view == "json" else report.to_line()
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except OSError:
+        # Whoever read this has gone (`caddie up | head`); the beats, and the journal, go on.
+        logging.getLogger(__name__).warning("nobody reads this daemon's output any more")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class LiveView:
     """Redraws at each beat, and each second for the clock. Use as a context manager."""
 
     def __init__(self, console: Console, *, workspace: str, interval_seconds: float) -> None:
-        self._workspace = workspace
+        self._title = Text(f"caddie up  {workspace}")
         self._interval = interval_seconds
         self._report: BeatReport | None = None
         self._decisions: deque[tuple[datetime, DecisionLine]] = deque(maxlen=_DECISIONS_SHOWN)
@@ -61,7 +61,7 @@ class LiveView:
         with self._lock:
             report = self._report
             if report is None:
-                return Panel("first heartbeat under way", title=f"caddie up  {self._workspace}")
+                return Panel("first heartbeat under way", title=self._title)
             parts: list[RenderableType] = [devices_table(report), runs_table(report)]
             if report.best:
                 best = "   ".join(f"{trial} {bpb:.4f}" for _, trial, bpb in report.best)
@@ -73,7 +73,7 @@ class LiveView:
             counts = "  ".join(f"{state} {count}" for state, count in sorted(report.counts.items())) or "queue empty"
             beat = f"beat {report.number}, {age} s ago, every {self._interval:g} s"
             subtitle = f"{beat}  |  {counts}  |  Ctrl-C leaves runs alive"
-            return Panel(Group(*parts), title=f"caddie up  {self._workspace}", subtitle=subtitle)
+            return Panel(Group(*parts), title=self._title, subtitle=subtitle)
 
 
 def devices_table(report: BeatReport) -> RenderableType:
@@ -85,13 +85,14 @@ def devices_table(report: BeatReport) -> RenderableType:
     for gpu in report.gpus:
         table.add_row(
             f"gpu{gpu.index}",
-            gpu.name,
+            Text(gpu.name),
             f"{gpu.memory_used_bytes / 1e9:.1f}/{gpu.memory_total_bytes / 1e9:.1f}",
             _or_dash(gpu.utilization_percent, "%"),
             _or_dash(gpu.temperature_celsius, " C"),
             _or_dash(gpu.power_watts and round(gpu.power_watts), " W"),
             str(len(gpu.processes)),
-            gpu.error or ", ".join(gpu.throttle_reasons) or "ok",
+            # Not ours, and it may hold what Rich would read as markup.
+            Text(gpu.error or ", ".join(gpu.throttle_reasons) or "ok"),
         )
     return table
 

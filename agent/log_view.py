@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,8 @@ def show(folder: Path, *, lines: int, follow: bool) -> None:
     for line in text.splitlines(keepends=True)[-lines:]:
         sys.stdout.write(line)
     sys.stdout.flush()
+    # Incremental: a character may be written in two pieces, on both sides of a look.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while follow:
         # Looked at before reading: what was written before the exit record is then still printed.
         over = (folder / EXIT).exists()
@@ -33,7 +37,7 @@ def show(folder: Path, *, lines: int, follow: bool) -> None:
             file.seek(offset)
             added = file.read()
         offset += len(added)
-        sys.stdout.write(added.decode("utf-8", errors="replace"))
+        sys.stdout.write(decoder.decode(added))
         sys.stdout.flush()
         if over:
             return
@@ -43,8 +47,8 @@ def show(folder: Path, *, lines: int, follow: bool) -> None:
 def _read_tail(path: Path) -> tuple[str, int]:
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            return file.read().decode("utf-8", errors="replace"), size
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+            return text, file.tell()
     except FileNotFoundError:
         raise NotFoundError(f"there is no log at {path} yet; the run has not written a line") from None

@@ -74,7 +74,11 @@ class _Trainer:
             self._follow_requests(time.monotonic())
             if (received := signal.sigtimedwait(_AWAITED, _POLL_SECONDS)) and received.si_signo == signal.SIGTERM:
                 # Somebody ends this runner: its trainer must not stay behind unwatched.
+                self._follow_requests(time.monotonic())
+                self._interrupted()
                 self._ask_to_stop(self._order.grace_seconds)
+        if signal.SIGTERM in signal.sigpending():  # a reboot tells all processes at once: the trainer was faster
+            self._interrupted()
         return returncode
 
     def clear_stragglers(self) -> None:
@@ -94,6 +98,10 @@ class _Trainer:
                     _tell(process, signal.SIGTERM)
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_SECONDS / 4)
             self._reap()
+
+    def _interrupted(self) -> None:
+        if self.cause is None:
+            self.cause = StopCause.INTERRUPTED
 
     def _reap(self) -> int | None:
         """Collect ended children, adopted ones too; the trainer's code once it is among them."""
@@ -169,7 +177,11 @@ def _carry_out(directory: Path, order: Order) -> ExitRecord:
         started_at = _now()
         child = _start(directory, order)
     except (OSError, subprocess.SubprocessError, ValueError, RunFileError) as error:
-        return _never_started(order, f"cannot start {order.argv[:1]} in {order.cwd}: {error}", None)
+        what = f"cannot start {' '.join(order.argv[:1])} in {order.cwd}: "
+        if isinstance(error, OSError):
+            of = f" ({error.filename})" if error.filename else ""
+            return _never_started(order, f"{what}{error.strerror or error}{of}", None, error.errno)
+        return _never_started(order, f"{what}{error}", None)
     trainer = _Trainer(directory, order, child)
     returncode = trainer.wait()
     ended_at = _now()
@@ -192,8 +204,13 @@ def _start(directory: Path, order: Order) -> subprocess.Popen[bytes]:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != runner_pid:  # the runner died before the line above
             os._exit(1)
-        record = ProcessRecord(run_uuid=order.run_uuid, identity=own_identity(), at=_now())
-        write_text(directory / PROCESS, record.to_json())
+        try:
+            record = ProcessRecord(run_uuid=order.run_uuid, identity=own_identity(), at=_now())
+            write_text(directory / PROCESS, record.to_json())
+        except OSError as error:
+            # Of what is raised here, subprocess tells the parent only that something was.
+            os.write(told, str(error.errno or 0).encode())
+            raise
         for number in (signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -201,18 +218,26 @@ def _start(directory: Path, order: Order) -> subprocess.Popen[bytes]:
 
     # A program in Python that prints into a file would keep its lines back for kilobytes.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **order.env, RUN_MARK: order.run_uuid}
-    with (directory / LOG).open("ab") as log:
-        return subprocess.Popen(
-            order.argv,
-            cwd=order.cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            close_fds=True,
-            preexec_fn=become_trainer,  # noqa: PLW1509  # see the module's docstring; one thread, no locks held
-        )
+    heard, told = os.pipe()
+    with (directory / LOG).open("ab") as log, os.fdopen(heard, "rb") as answer, os.fdopen(told, "wb"):
+        try:
+            return subprocess.Popen(
+                order.argv,
+                cwd=order.cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                close_fds=True,
+                preexec_fn=become_trainer,  # noqa: PLW1509  # see the module's docstring; one thread, no locks held
+            )
+        except subprocess.SubprocessError as error:
+            os.set_blocking(heard, False)
+            number = int(answer.read() or 0)
+            if not number:
+                raise
+            raise OSError(number, os.strerror(number), str(directory / PROCESS)) from error
 
 
 def _read_control(directory: Path, run_uuid: str) -> Control | None:
@@ -227,9 +252,15 @@ def _read_control(directory: Path, run_uuid: str) -> Control | None:
     return control if control.run_uuid == run_uuid else None
 
 
-def _never_started(order: Order, error: str, cause: StopCause | None) -> ExitRecord:
+def _never_started(order: Order, error: str, cause: StopCause | None, number: int | None = None) -> ExitRecord:
     return ExitRecord(
-        run_uuid=order.run_uuid, returncode=None, started_at=None, ended_at=_now(), cause=cause, error=error
+        run_uuid=order.run_uuid,
+        returncode=None,
+        started_at=None,
+        ended_at=_now(),
+        cause=cause,
+        error=error,
+        errno=number,
     )
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from agent.decisions.thresholds import Policy
 from agent.domain.errors import WorkspaceError
@@ -50,9 +56,13 @@ def load_settings(toml_file: Path, **flags: Any) -> Settings:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return _Here(**given)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WorkspaceError(
             f"{toml_file} is not TOML: {error}. Mend the line, or delete the file for the defaults"
+        ) from error
+    except SettingsError as error:
+        raise WorkspaceError(
+            f"settings ({toml_file}, CADDIE_... or flags): {error}. A section in the environment is JSON"
         ) from error
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pydantic_core import to_jsonable_python
+import yaml
+from pydantic_core import to_json
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from agent.domain.budget import BudgetVerdict
 from agent.domain.specs import Metric
@@ -19,30 +23,59 @@ from agent.domain.views import TrialView
 if TYPE_CHECKING:
     from agent.doctor import Check
     from agent.ledger.queries import (
+        BoardRow,
+        CommandRecord,
         DecisionRecord,
         EventRecord,
         HeartbeatRecord,
         Leaderboard,
         ProjectionRecord,
-        Standing,
     )
     from trainer.sizing import SizeEstimate
 
-# Not on a terminal there is no width to respect: a table in a file or a pipe is never cut.
-_console = Console() if sys.stdout.isatty() else Console(width=240)
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        _reader_has_gone()
+
+
+def _reader_has_gone() -> NoReturn:
+    """`caddie runs | head` is no error. What Python still wants to flush at its end goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+def _console() -> Console:
+    """Not on a terminal there is no width to respect: a table in a file or a pipe is never cut."""
+    return _Terminal() if sys.stdout.isatty() else _Terminal(width=240)
 
 
 def say(text: str) -> None:
-    _console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """Dataclasses and pydantic values become objects, times ISO 8601 in UTC. NaN and infinity become null."""
-    print(json.dumps(to_jsonable_python(value, inf_nan_mode="constants"), indent=2, allow_nan=False, default=str))  # noqa: T201
+    # pydantic's own writer is the one that turns numbers which JSON does not know into null, at any depth.
+    try:
+        print(to_json(value, indent=2, inf_nan_mode="null").decode(), flush=True)  # noqa: T201
+    except BrokenPipeError:
+        _reader_has_gone()
 
 
-def _table(*columns: str, title: str = "") -> Table:
-    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+class _Cells:
+    """A table whose cells are taken literally: a reason may hold what Rich would read as markup."""
+
+    def __init__(self, *columns: str, title: str = "") -> None:
+        self._table = Table(
+            *columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+        )
+
+    def add(self, *cells: str, style: str = "") -> None:
+        self._table.add_row(*(Text(cell, style=style) for cell in cells))
+
+    def show(self) -> None:
+        _console().print(self._table)
 
 
 def _bpb(value: float | None) -> str:
@@ -78,18 +111,21 @@ def summary(trial: TrialView, record: ProjectionRecord | None = None) -> dict[st
     }
 
 
-def queue(waiting: Sequence[TrialView], files: Sequence[str]) -> None:
-    table = _table("id", "trial", "state", "priority", "after", "waiting because")
+def queue(waiting: Sequence[TrialView], reasons: Mapping[str, str], files: Sequence[str]) -> None:
+    """`reasons`: by trial, what the last heartbeat said that it waits for."""
+    table = _Cells("id", "trial", "state", "priority", "after", "waiting because")
     for trial in waiting:
         after = ", ".join(trial.spec.after) or "-"
-        table.add_row(str(trial.trial_id), trial.key, trial.state, str(trial.spec.priority), after, trial.reason or "-")
-    _console.print(table if waiting else "nothing is queued")
+        table.add(
+            str(trial.trial_id), trial.key, trial.state, str(trial.spec.priority), after, reasons.get(trial.key, "-")
+        )
+    table.show() if waiting else say("nothing is queued")
     for name in files:
         say(f"not yet taken in: {name}")
 
 
 def runs(trials: Sequence[TrialView], projections: Mapping[int, ProjectionRecord | None]) -> None:
-    table = _table("id", "trial", "state", "progress", "step", "BPB", "projected (90%)", "artifact BPB", "reason")
+    table = _Cells("id", "trial", "state", "progress", "step", "BPB", "projected (90%)", "artifact BPB", "reason")
     for trial in trials:
         record = projections.get(trial.trial_id)
         interval = "-"
@@ -97,7 +133,7 @@ def runs(trials: Sequence[TrialView], projections: Mapping[int, ProjectionRecord
             projection = record.projection
             interval = f"{projection.final_bpb:.4f} ({projection.low90:.4f} to {projection.high90:.4f})"
         raw = trial.scores.get(Metric.RAW) or (trial.val_curve[-1].val_bpb if trial.val_curve else None)
-        table.add_row(
+        table.add(
             str(trial.trial_id),
             trial.key,
             trial.result or trial.state,
@@ -108,16 +144,16 @@ def runs(trials: Sequence[TrialView], projections: Mapping[int, ProjectionRecord
             _bpb(trial.scores.get(Metric.ARTIFACT)),
             _short(trial.reason),
         )
-    _console.print(table if trials else "no trials yet: caddie enqueue FILE, or drop one into queue/")
+    table.show() if trials else say("no trials yet: caddie enqueue FILE, or drop one into queue/")
 
 
 def leaderboard(boards: Sequence[Leaderboard]) -> None:
     """One table per track. BPB in four columns that are never compared with one another."""
     if not boards:
-        _console.print("no finished scores yet")
+        say("no finished scores yet")
     for board in boards:
         shown = [metric for metric in Metric if any(_score(row, metric) is not None for row in board.rows)]
-        table = _table(
+        table = _Cells(
             *(
                 "",
                 "trial",
@@ -130,7 +166,7 @@ def leaderboard(boards: Sequence[Leaderboard]) -> None:
             title=f"track {board.track.key}, ranked by {board.metric.value} BPB",
         )
         for row in board.rows:
-            table.add_row(
+            table.add(
                 str(row.place or "-"),
                 row.key,
                 *(_bpb(_score(row, metric)) for metric in shown),
@@ -139,10 +175,10 @@ def leaderboard(boards: Sequence[Leaderboard]) -> None:
                 _bytes(row.params),
                 row.result or row.state,
             )
-        _console.print(table)
+        table.show()
 
 
-def _score(row: Standing, metric: Metric) -> float | None:
+def _score(row: BoardRow, metric: Metric) -> float | None:
     scores = {
         Metric.RAW: row.raw_bpb,
         Metric.EMA: row.ema_bpb,
@@ -152,48 +188,68 @@ def _score(row: Standing, metric: Metric) -> float | None:
     return scores[metric]
 
 
-def _budget_use(row: Standing) -> str:
+def _budget_use(row: BoardRow) -> str:
     if row.artifact_bytes is None:
         return f"of {row.budget_bytes:,}"
     share = f"{row.artifact_bytes / row.budget_bytes:.1%} of {row.budget_bytes:,}"
     return f"OVER: {share}" if row.over_budget else share
 
 
-def trial(
-    found: TrialView,
-    decisions: Sequence[DecisionRecord],
-    projections: Sequence[ProjectionRecord],
-    events: Sequence[EventRecord],
-) -> None:
-    """Everything that `show` tells of one trial."""
-    facts = _table("", "")
-    for name, value in _facts(found):
-        facts.add_row(name, value)
-    _console.print(facts)
-    runs_of = _table("run", "state", "device", "pid", "exit", "started", "folder", title="\nruns")
-    for run in found.runs:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dossier:
+    """Everything that `show` tells of one trial; its JSON too."""
+
+    trial: TrialView
+    decisions: Sequence[DecisionRecord]
+    projections: Sequence[ProjectionRecord]
+    events: Sequence[EventRecord]
+    commands: Sequence[CommandRecord]
+
+
+def trial(found: Dossier) -> None:
+    facts = _Cells("", "")
+    for name, value in _facts(found.trial):
+        facts.add(name, value)
+    facts.show()
+    runs_of = _Cells("run", "state", "device", "pid", "exit", "started", "folder", title="\nruns")
+    for run in found.trial.runs:
         code = "-" if run.returncode is None else str(run.returncode)
         began = f"{run.intended_at:%m-%d %H:%M:%S}"
-        runs_of.add_row(
+        runs_of.add(
             f"{run.kind} {run.attempt}", run.state, str(run.assignment), str(run.pid or "-"), code, began, run.directory
         )
-    _console.print(runs_of)
-    if projections:
-        from agent.decisions.projection.project import sentence  # noqa: PLC0415 - scipy, only needed here
+    runs_of.show()
+    if found.projections:
+        from agent.beat_report import with_caveat  # noqa: PLC0415 - scipy, only needed here
 
         say("\nprojections (newest last)")
-        for record in projections[-5:]:
-            at = f"  at {record.projection.progress:.0%}, step {record.projection.step}: "
-            say(at + sentence(record.projection, found.tokens_per_step))
-    if decisions:
+        for record in found.projections[-5:]:
+            made = record.projection
+            say(f"  at {made.progress:.0%}, step {made.step}: {with_caveat(made, found.trial.tokens_per_step)}")
+    if found.decisions:
         say("\ndecisions")
-        for decision in decisions:
+        for decision in found.decisions:
             say(f"  {decision.at:%m-%d %H:%M:%S} {decision.kind}: {decision.reason}")
-    if events:
+            if decision.numbers:
+                say("      " + ", ".join(f"{name} {_number(value)}" for name, value in decision.numbers.items()))
+    if found.events:
         say("\nevents")
-        for event in events:
+        for event in found.events:
             step = "" if event.step is None else f" at step {event.step}"
             say(f"  {event.kind}{step}: {event.detail}")
+    if found.commands:
+        say("\ncommands")
+        for command in found.commands:
+            say(
+                f"  {command.at:%m-%d %H:%M:%S} {command.verb} {command.state}: {command.outcome or 'not yet answered'}"
+            )
+    say("\nspec")
+    spec = found.trial.spec.model_dump(mode="json", exclude_unset=True)
+    say(yaml.safe_dump(spec, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).rstrip())
+
+
+def _number(value: float | str | None) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _facts(found: TrialView) -> list[tuple[str, str]]:
@@ -228,6 +284,14 @@ def heartbeats(beats: Sequence[HeartbeatRecord]) -> None:
         say(str(json.loads(beat.report_json)["line"]))
 
 
+def wait_reasons(beats: Sequence[HeartbeatRecord]) -> dict[str, str]:
+    """By trial, why it did not start in the last of these heartbeats."""
+    if not beats:
+        return {}
+    decisions = json.loads(beats[0].report_json)["decisions"]
+    return {decision["trial"]: decision["reason"] for decision in decisions if decision["kind"] == "wait"}
+
+
 def heartbeat_values(beats: Sequence[HeartbeatRecord]) -> list[Any]:
     """The records as objects, oldest first, for --json."""
     return [json.loads(beat.report_json) for beat in reversed(beats)]
@@ -240,21 +304,21 @@ def rejected(folder: Path) -> None:
 
 
 def budget(estimate: SizeEstimate, verdict: BudgetVerdict) -> None:
-    table = _table("module", "parameters", "bytes")
+    table = _Cells("module", "parameters", "bytes")
     for name, params, size in estimate.by_module:
-        table.add_row(name, f"{params:,}", f"{size:,}")
-    table.add_row("code as shipped", "", f"{estimate.code_bytes:,}")
-    _console.print(table)
+        table.add(name, f"{params:,}", f"{size:,}")
+    table.add("code as shipped", "", f"{estimate.code_bytes:,}")
+    table.show()
     word = "fits" if verdict.fits else "cannot fit" if verdict.hopeless else "may not fit"
     say(f"{word}: {verdict} ({estimate.scheme})")
 
 
 def checks(found: Sequence[Check]) -> None:
     styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
-    table = _table("check", "", "finding")
+    table = _Cells("check", "", "finding")
     for check in found:
-        table.add_row(check.name, f"[{styles[check.verdict]}]{check.verdict}[/]", check.finding)
-    _console.print(table)
+        table.add(check.name, check.verdict, check.finding, style=styles[check.verdict])
+    table.show()
 
 
 def _short(text: str, width: int = 70) -> str:

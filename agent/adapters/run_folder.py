@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from agent.atomic_files import write_new, write_text
-from agent.domain.errors import RunFileError
+from agent.domain.errors import ProbeError, RunFileError
 from agent.domain.runfiles import (
     CLAIM,
     CONTROL,
@@ -36,12 +37,14 @@ _TAIL_BYTES = 64 << 10
 _TAIL_LINES = 50
 _TAIL_LINE_CHARACTERS = 2000
 
-_R = TypeVar("_R", Order, Claim, ProcessRecord, Control, ExitRecord)
+_R = TypeVar("_R", Claim, ProcessRecord, ExitRecord)
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Reading raises RunFileError where a record is there but cannot be understood; a missing one is None."""
+    """A record that is missing is None. Raises RunFileError where it is there but cannot be understood, and
+    ProbeError where it could not be read, which says nothing about it.
+    """
 
     path: Path
 
@@ -49,17 +52,11 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / LOG
 
-    def order(self) -> Order | None:
-        return self._read(ORDER, Order)
-
     def claim(self) -> Claim | None:
         return self._read(CLAIM, Claim)
 
     def process(self) -> ProcessRecord | None:
         return self._read(PROCESS, ProcessRecord)
-
-    def control(self) -> Control | None:
-        return self._read(CONTROL, Control)
 
     def exit(self) -> ExitRecord | None:
         return self._read(EXIT, ExitRecord)
@@ -95,7 +92,7 @@ class RunFolder:
         return _last_lines(self.log) or _last_lines(self.path / RUNNER_LOG)
 
     def result_text(self) -> str | None:
-        """The text of `result.json`, None without one. Raises RunFileError if it is absurdly large or unreadable."""
+        """The text of `result.json`, None without one. Raises RunFileError if it is absurdly large or no text."""
         return self._text(RESULT, _MAX_RESULT_BYTES)
 
     def _read(self, name: str, kind: type[_R]) -> _R | None:
@@ -105,12 +102,17 @@ class RunFolder:
     def _text(self, name: str, limit: int) -> str | None:
         path = self.path / name
         try:
-            with path.open("rb") as file:
+            # Not blocking, in case a program put a pipe there.
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise RunFileError(f"{path} is not a regular file: not a record of a run")
                 data = file.read(limit + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError as error:
+            raise RunFileError(f"{path} is a folder: not a record of a run") from error
         except OSError as error:
-            raise RunFileError(f"cannot read {path}: {error.strerror}") from error
+            raise ProbeError(f"cannot read {path}: {error.strerror}") from error
         if len(data) > limit:
             raise RunFileError(f"{path} is larger than {limit} bytes: not a record of a run")
         try:

@@ -6,12 +6,12 @@ between it is found there and offered again.
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
+import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from agent.adapters.spec_yaml import MAX_SPEC_BYTES, decode_spec, load_spec_text, parse_spec
@@ -19,9 +19,7 @@ from agent.adapters.workspace import Workspace
 from agent.atomic_files import sync_folder, write_new, write_text
 from agent.domain.errors import SpecError
 from agent.domain.observations import SpecArrival, SpecRefusal
-from agent.domain.specs import Spec
-
-_log = logging.getLogger(__name__)
+from agent.domain.specs import Spec, track_of
 
 MAX_FILES_PER_LOOK = 100
 _HALF_WRITTEN_SECONDS = 2.0
@@ -36,31 +34,62 @@ class SpecQueue:
     def __init__(self, workspace: Workspace, load_val_sha: Callable[[Spec], str | None]) -> None:
         self._workspace = workspace
         self._load_val_sha = load_val_sha
+        self.faults: tuple[str, ...] = ()
+        """What the last `arrivals` could not do, for people: files that could not be claimed or read."""
 
     def arrivals(self, now: datetime | None = None) -> tuple[tuple[SpecArrival, ...], tuple[SpecRefusal, ...]]:
         """Claim what lies in the queue, leftovers of an earlier beat first, at most MAX_FILES_PER_LOOK files.
 
-        Raises OSError if the queue itself cannot be read.
+        A file that cannot be claimed or read is told in `faults` and offered again by the next look. Raises OSError
+        if the queue itself cannot be read.
         """
-        moment = (now or datetime.now(UTC)).timestamp()
+        faults: list[str] = []
         claimed = _oldest_first(self._workspace.claimed)[:MAX_FILES_PER_LOOK]
-        room = MAX_FILES_PER_LOOK - len(claimed)
-        fresh = [path for path in _oldest_first(self._workspace.queue) if not self._may_be_half_written(path, moment)]
-        for path in fresh[:room]:
+        for path in _oldest_first(self._workspace.queue):
+            if len(claimed) >= MAX_FILES_PER_LOOK:
+                break
+            if self._may_be_half_written(path, _moment(now)):
+                continue
             target = self._workspace.claimed / f"{uuid.uuid4().hex[:8]}-{path.name}"
             try:
                 path.rename(target)
             except FileNotFoundError:  # its owner took it back
                 continue
+            except OSError as error:
+                faults.append(f"{path.name} cannot be taken out of the queue: {error.strerror}. Check its rights")
+                continue
             claimed.append(target)
         arrivals, refusals = [], []
         for path in claimed:
-            match self._judge(path):
-                case SpecArrival() as arrival:
-                    arrivals.append(arrival)
-                case SpecRefusal() as refusal:
-                    refusals.append(refusal)
+            try:
+                judged = self._judge(path)
+            except OSError as error:
+                # Could not look is not "bad": it stays claimed and is offered again by the next look.
+                faults.append(f"{_source_name(path)} or its data set cannot be read now: {error}")
+                continue
+            if isinstance(judged, SpecArrival):
+                arrivals.append(judged)
+            else:
+                refusals.append(judged)
+        self.faults = tuple(faults)
         return tuple(arrivals), tuple(refusals)
+
+    def waiting(self) -> frozenset[str]:
+        """Files that the next look would take or judge, as names that change when a file does.
+
+        A file that may still be half-written has another name once it has rested. Raises OSError if the queue
+        itself cannot be read; cheap enough for every second.
+        """
+        moment = _moment(None)
+        found: set[str] = set()
+        for path in _oldest_first(self._workspace.queue):
+            try:
+                details = path.lstat()
+            except OSError:
+                continue
+            rested = "" if _is_young(details, moment) else ":rested"
+            found.add(f"{path.name}:{details.st_mtime_ns}{rested}")
+        return frozenset(found)
 
     def settle(self, claimed_path: str | Path, refusal: str | None) -> None:
         """Move a claimed file on, after the ledger committed its fate. Repeating it does no harm. Raises OSError."""
@@ -100,14 +129,14 @@ class SpecQueue:
 
     def _checked(self, path: Path) -> tuple[str, Spec]:
         text, spec = load_spec_text(path)
-        self._load_val_sha(spec)
+        _check_track(spec, self._load_val_sha(spec), str(path))
         return text, spec
 
     def _may_be_half_written(self, path: Path, now: float) -> bool:
         """A young file that is no spec, or stops in the middle of a line, is left for the next look."""
         try:
             details = path.lstat()
-            if not stat.S_ISREG(details.st_mode) or now - details.st_mtime >= _HALF_WRITTEN_SECONDS:
+            if not _is_young(details, now):
                 return False
             text = _read(path, path.name)
             if not text.endswith("\n"):
@@ -119,7 +148,8 @@ class SpecQueue:
             return False
         return False
 
-    def _judge(self, path: Path) -> SpecArrival | SpecRefusal | None:
+    def _judge(self, path: Path) -> SpecArrival | SpecRefusal:
+        """Raises OSError if the file or its data set cannot be read now."""
         name = _source_name(path)
         try:
             if path.is_symlink():
@@ -127,13 +157,32 @@ class SpecQueue:
             text = _read(path, name)
             spec = parse_spec(text, name)
             val_sha256 = self._load_val_sha(spec)
+            _check_track(spec, val_sha256, name)
         except SpecError as error:
             return SpecRefusal(source_name=name, claimed_path=str(path), message=str(error))
-        except OSError as error:
-            # Could not look is not "bad": it stays claimed and is offered again by the next look.
-            _log.warning("cannot read the claimed spec %s, left for the next look: %s", path, error)
-            return None
         return SpecArrival(spec=spec, source_text=text, source_name=name, claimed_path=str(path), val_sha256=val_sha256)
+
+
+def _check_track(spec: Spec, val_sha256: str | None, source: str) -> None:
+    """Every trial belongs to a track; a spec whose limits make none is refused here, not later in the ledger."""
+    try:
+        track_of(spec, val_sha256)
+    except (ValueError, ArithmeticError) as error:
+        raise SpecError(
+            f"its track cannot be computed: {error}", source=source, field="limits", remedy="give limits in bounds"
+        ) from error
+
+
+def _moment(now: datetime | None) -> float:
+    """The later of the beat's time and the clock: files are looked at some time after the beat began."""
+    clock = time.time()
+    return clock if now is None else max(clock, now.timestamp())
+
+
+def _is_young(details: os.stat_result, now: float) -> bool:
+    """Whether a regular file may be one that is being written. Its owner may have dated it into the future."""
+    changed = details.st_mtime if details.st_mtime <= now else details.st_ctime
+    return stat.S_ISREG(details.st_mode) and abs(now - changed) < _HALF_WRITTEN_SECONDS
 
 
 def _read(path: Path, name: str) -> str:
@@ -157,7 +206,7 @@ def _oldest_first(folder: Path) -> list[Path]:
             try:
                 if entry.is_file(follow_symlinks=False) or entry.is_symlink():
                     found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name, Path(entry.path)))
-            except FileNotFoundError:
+            except OSError:  # gone again, or not to be looked at
                 continue
     return [path for _, _, path in sorted(found)]
 

@@ -80,16 +80,6 @@ class Workspace:
     def data(self) -> Path:
         return self.root / "data"
 
-    def trial_folder(self, name: str, seed: int) -> Path:
-        return self.runs / f"{name}-{seed}"
-
-    def checkpoints(self, name: str, seed: int) -> Path:
-        """Shared by all runs of a trial, so that a resumed run finds what its predecessor left."""
-        return self.trial_folder(name, seed) / "checkpoints"
-
-    def run_folder(self, name: str, seed: int, *, kind: str, attempt: int, run_uuid: str) -> Path:
-        return self.trial_folder(name, seed) / f"{kind}-{attempt}-{run_uuid[:8]}"
-
     def create(self) -> None:
         """Make the folders that are missing. Raises WorkspaceError."""
         folders = (self.claimed, self.accepted, self.rejected, self.claimed_commands, self.logs, self.runs, self.data)

@@ -6,6 +6,7 @@ and disappearances. A result that was written is never thrown away, whatever was
 
 from __future__ import annotations
 
+import errno
 import math
 from datetime import datetime, timedelta
 
@@ -21,7 +22,13 @@ Verdict = Finish | Requeue | MarkPaused
 FOREIGN_SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 9: "SIGKILL", 15: "SIGTERM"}
 """Signals that somebody else sends; a program that dies of any other signal did so by its own doing."""
 
+NOT_THE_SPECS_FAULT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+"""Why a program may not start that will start later: the machine was short of something."""
+
+_UNASKED = frozenset({StopCause.PAUSE, StopCause.INTERRUPTED})
+"""Ends that say nothing about the program: they count as no failed attempt."""
 _MAX_BACKOFF_SECONDS = 3600.0
+_INTERRUPTED = StopCause.INTERRUPTED
 _OUT_OF_MEMORY_SIGNS = ("out of memory", "outofmemoryerror", "memoryerror")
 _RESULT_OF_CAUSE = {
     StopCause.PRUNE: Result.PRUNED,
@@ -42,6 +49,7 @@ def judge_exit(trial: TrialView, retries: RetryPolicy) -> Verdict | None:
     return (
         _completed(trial, run, cause)
         or _stopped_for(trial, run, cause)
+        or _interrupted(trial, run, cause, retries)
         or _by_trainers_word(trial, run)
         or _paused(trial, run, cause)
         or _by_death(trial, run, retries)
@@ -54,7 +62,7 @@ def fruitless_attempts(trial: TrialView) -> int:
     for run in trial.runs_of(RunKind.TRAIN):
         if run.last_step is not None and run.last_step > furthest:
             furthest, fruitless = run.last_step, 0
-        elif not run.live and run.stop_cause is not StopCause.PAUSE:
+        elif not run.live and run.stop_cause not in _UNASKED:
             fruitless += 1
     return fruitless
 
@@ -64,9 +72,13 @@ def retry_not_before(trial: TrialView, retries: RetryPolicy) -> datetime | None:
     run = trial.last_train_run
     if run is None or run.live or run.stop_cause is StopCause.PAUSE:
         return None
-    doublings = min(20, max(0, fruitless_attempts(trial) - 1))
-    seconds = min(_MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0**doublings)
-    return (run.ended_at or trial.state_since) + timedelta(seconds=seconds)
+    return (run.ended_at or trial.state_since) + timedelta(seconds=backoff_seconds(fruitless_attempts(trial), retries))
+
+
+def backoff_seconds(failures: int, retries: RetryPolicy) -> float:
+    """How long to wait after that many failures in a row."""
+    doublings = min(20, max(0, failures - 1))
+    return min(_MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0**doublings)
 
 
 def _purpose(trial: TrialView, run: RunView) -> StopCause | None:
@@ -81,7 +93,7 @@ def _completed(trial: TrialView, run: RunView, cause: StopCause | None) -> Finis
     # A program that itself reports a failure is believed; one that was killed or lost after its result is not blamed.
     if run.has_result and (code is None or code <= 0):
         ending = {None: "; how it exited was not recorded", 0: ""}.get(code, f"; it ended with {_how(run)} after that")
-        asked = f"; it finished before it could be stopped ({cause})" if cause else ""
+        asked = f"; it finished before it could be stopped ({cause})" if cause not in {None, _INTERRUPTED} else ""
         raw = trial.scores.get(Metric.RAW)
         score = "" if raw is None else f" with val_bpb {raw:.4f}"
         return _finish(trial, run, Result.COMPLETED, f"the run wrote its result{score}{ending}{asked}")
@@ -112,7 +124,7 @@ def _finish_command(trial: TrialView, run: RunView) -> Finish:
 
 
 def _stopped_for(trial: TrialView, run: RunView, cause: StopCause | None) -> Finish | None:
-    if cause is None or cause is StopCause.PAUSE:
+    if cause is None or cause in {StopCause.PAUSE, _INTERRUPTED}:
         return None
     where = _where(trial)
     forced = ", killed after its grace" if run.killed else ""
@@ -124,6 +136,14 @@ def _stopped_for(trial: TrialView, run: RunView, cause: StopCause | None) -> Fin
         "Remedy: raise timeout_seconds, or find what it waited for in its log",
     }[cause]
     return _finish(trial, run, _RESULT_OF_CAUSE[cause], reason)
+
+
+def _interrupted(trial: TrialView, run: RunView, cause: StopCause | None, retries: RetryPolicy) -> Verdict | None:
+    """A command that was told to end by the machine: however it says goodbye, it was not done."""
+    if cause is not _INTERRUPTED or trial.spec.trainer is not None or run.returncode is None:
+        return None
+    why = f"its runner was told to end from outside, as by a reboot or the stop of a service ({_how(run)})"
+    return _give_back(trial, why, Result.FAILED_CRASHED, retries)
 
 
 def _by_trainers_word(trial: TrialView, run: RunView) -> Finish | None:
@@ -142,7 +162,7 @@ def _by_trainers_word(trial: TrialView, run: RunView) -> Finish | None:
         return _finish(trial, run, Result.FAILED_DIVERGED, reason)
     if code == ExitCode.OUT_OF_MEMORY:
         batch = trial.spec.trainer.batch
-        micro = batch.micro_batch_tokens or batch.train_batch_tokens
+        micro = batch.micro_tokens
         reason = (
             f"out of memory with micro-batches of {micro:,} tokens. Remedy: batch.micro_batch_tokens "
             f"{max(batch.train_seq_len, micro // 2 // batch.train_seq_len * batch.train_seq_len):,} "
@@ -170,21 +190,23 @@ def _paused(trial: TrialView, run: RunView, cause: StopCause | None) -> MarkPaus
 def _by_death(trial: TrialView, run: RunView, retries: RetryPolicy) -> Verdict:
     code = run.returncode
     if run.state is RunState.LOST:
-        voided = run.claimed is False
-        what = "the run was never started" if voided else "the run vanished without an exit record"
+        what = "the run could not be started" if run.never_claimed else "the run vanished without an exit record"
         detail = f": {run.error}" if run.error else ""
         return _give_back(trial, f"{what}{detail}", Result.FAILED_LOST, retries)
     if code is None:
-        reason = f"the program could not be started: {run.error or 'no reason was recorded'}"
+        reason = f"the run could not be started: {run.error or 'no reason was recorded'}"
+        if run.errno in NOT_THE_SPECS_FAULT:
+            return _give_back(trial, reason, Result.FAILED_CRASHED, retries)
         return _finish(trial, run, Result.FAILED_CRASHED, reason)
     if trial.spec.trainer is not None and code == ExitCode.INTERRUPTED:
-        why = "the trainer was interrupted by a signal that was not Caddie's, and wrote a checkpoint"
+        why = "the trainer was interrupted by a signal that was not Caddie's; what it had done is in its checkpoint"
         return _give_back(trial, why, Result.FAILED_LOST, retries)
     if -code in FOREIGN_SIGNALS:
         hint = " (if the machine was short of memory, by its kernel)" if code == -9 else ""
         return _give_back(trial, f"killed by {_how(run)} from outside{hint}", Result.FAILED_CRASHED, retries)
     if code == 0:
-        reason = "the trainer said that all went well, but left no readable result.json"
+        detail = f": {run.error}" if run.error else ""
+        reason = f"the trainer said that all went well, but left no readable result.json{detail}"
         return _finish(trial, run, Result.FAILED_CRASHED, reason)
     return _finish(trial, run, Result.FAILED_CRASHED, f"crashed {_where(trial)} with {_how(run)}: {_last_line(run)}")
 

@@ -23,6 +23,9 @@ class FreeDevices:
         self.devices = devices
         self._margin_bytes = margin_bytes
         self._holder: dict[str, str] = {}
+        self._held: set[str] = set()
+        self.held_slots: dict[str, int] = {}
+        """CPU slots that are free and kept for a trial that needs more of them, by its key."""
         self._slots = devices.cpu_slots
         for trial in view.trials:
             for run in trial.runs:
@@ -48,6 +51,32 @@ class FreeDevices:
     def take_slots(self, count: int, holder: str) -> Assignment | None:
         return self._take(Assignment(cpu_slots=count), holder) if count <= self._slots else None
 
+    def hold_gpus(self, count: int, need: Callable[[Device], int], holder: str) -> int:
+        """Keep what is free for a trial that needs more of it. Returns how many cards are kept.
+
+        None are if they would not be enough once all runs here are over: what other people hold may never come free.
+        """
+        fitting = [gpu for gpu in self.gpus if self._obstacle(gpu, need(gpu)) is None]
+        coming = [
+            gpu
+            for gpu in self.gpus
+            if gpu.uuid in self._holder and not gpu.error and need(gpu) + self._margin_bytes <= gpu.memory_total_bytes
+        ]
+        if len(fitting) + len(coming) < count:
+            return 0
+        kept = [gpu.uuid for gpu in fitting[:count]]
+        self._holder.update(dict.fromkeys(kept, holder))
+        self._held.update(kept)
+        return len(kept)
+
+    def hold_slots(self, count: int, holder: str) -> int:
+        """Likewise for CPU slots. Returns how many are kept."""
+        kept = min(count, self.free_slots)
+        if kept:
+            self._slots -= kept
+            self.held_slots[holder] = kept
+        return kept
+
     def names(self, assignment: Assignment) -> str:
         """An assignment as people know it: cards by index and name, not by UUID."""
         cards = [f"GPU {gpu.index} ({gpu.name})" for gpu in self.gpus if gpu.uuid in assignment.gpu_uuids]
@@ -67,7 +96,7 @@ class FreeDevices:
         if gpu.error:
             return f"sick: {gpu.error}"
         if holder := self._holder.get(gpu.uuid):
-            return f"taken by {holder}"
+            return f"held for {holder}" if gpu.uuid in self._held else f"taken by {holder}"
         if gpu.memory_free_bytes < need_bytes + self._margin_bytes:
             users = ", ".join(f"{p.name} (pid {p.pid})" for p in gpu.processes[:2])
             return (

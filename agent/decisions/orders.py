@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from agent.domain.actions import Action, Finish, MarkPaused, Resume, Stop
 from agent.domain.observations import CommandVerb
-from agent.domain.trials import LIVE_TRIAL_STATES, Result, StopCause, TrialState
-from agent.domain.views import LedgerView, PendingCommand, TrialView
+from agent.domain.trials import LIVE_TRIAL_STATES, Result, RunKind, RunState, StopCause, TrialState
+from agent.domain.views import LedgerView, PendingCommand, RunView, TrialView
 
 Outcome = tuple[str, bool, str]
 """Command id, whether it was done, and what to tell the user."""
@@ -52,6 +52,9 @@ def answer_commands(view: LedgerView, judged: Collection[int]) -> Answers:
 
 def _answer(command: PendingCommand, trial: TrialView) -> _Answer | None:
     if trial.state is TrialState.FINISHED:
+        live = next((run for run in trial.runs if run.live and run.kind is not RunKind.TRAIN), None)
+        if command.verb is CommandVerb.STOP and live is not None:
+            return _stop_follow_up(trial, live)
         return _Answer(text=f"is finished ({trial.result}), which is final; {command.verb} is not possible", done=False)
     match command.verb:
         case CommandVerb.STOP:
@@ -70,6 +73,18 @@ def _stop(trial: TrialView) -> _Answer | None:
         action = Finish(trial_id=trial.trial_id, result=Result.STOPPED, reason=reason)
         return _Answer(text=f"stopped while {trial.state}", action=action)
     return _told(trial, StopCause.USER, "stopping", "the user asked to stop it")
+
+
+def _stop_follow_up(trial: TrialView, run: RunView) -> _Answer:
+    if run.state is RunState.STOPPING:
+        return _Answer(text=f"its {run.kind} run is already being stopped")
+    action = Stop(
+        trial_id=trial.trial_id,
+        run_uuid=run.run_uuid,
+        cause=StopCause.USER,
+        reason=f"the user asked to stop its {run.kind} run",
+    )
+    return _Answer(text=f"stopping its {run.kind} run; the trial itself stays finished ({trial.result})", action=action)
 
 
 def _pause(trial: TrialView) -> _Answer | None:

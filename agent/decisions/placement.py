@@ -1,23 +1,26 @@
 """Which queued trials start now, and on what; every other one waits with its reason.
 
-Strict order: priority, then arrival. A trial that finds no free device does not hold up smaller ones behind
-it (backfill); it is said in the reason when one is passed.
+Strict order: priority, then arrival. A trial that finds too little free does not hold up smaller ones behind
+it (backfill); it is said in the reason when one is passed. Not for ever: once it has waited for
+`reserve_after_seconds`, what is free is held for it until it is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import lru_cache
 
+from agent.decisions.after import After, Hold
 from agent.decisions.exits import retry_not_before
 from agent.decisions.free_devices import FreeDevices
-from agent.decisions.thresholds import RetryPolicy
+from agent.decisions.thresholds import Policy, RetryPolicy
 from agent.domain.actions import Assignment, Launch, Wait
 from agent.domain.observations import Device
-from agent.domain.trials import RunKind, TrialState
+from agent.domain.trials import RunKind
 from agent.domain.views import LedgerView, TrialView
+from trainer.config import LimitsConfig, TrainConfig, TrainerSettings
 from trainer.sizing import peak_memory_bytes
 
 
@@ -27,24 +30,27 @@ class NoPlace:
 
     why: str
     for_now: bool = False
+    hopeless: bool = False
+    """This machine can never give what is asked for."""
 
 
 def place(
-    queued: Sequence[TrialView], view: LedgerView, free: FreeDevices, now: datetime, retries: RetryPolicy
+    queued: Sequence[TrialView], view: LedgerView, free: FreeDevices, now: datetime, policy: Policy
 ) -> tuple[Launch | Wait, ...]:
     """One verdict for each queued trial, in the order in which they were asked."""
-    unfinished = {trial.name for trial in view.trials if trial.state is not TrialState.FINISHED}
-    known = view.experiment_names()
+    after = After(view)
     verdicts: list[Launch | Wait] = []
     passed: list[str] = []
     for trial in sorted(queued, key=lambda t: (-t.spec.priority, t.enqueued_at, t.trial_id)):
-        hold = _not_yet(trial, now, retries) or _waits_for(trial, known, unfinished)
+        hold = _not_yet(trial, now, policy.retries) or after.hold(trial)
         if hold is not None:
-            verdicts.append(Wait(trial_id=trial.trial_id, reason=hold))
+            verdicts.append(Wait(trial_id=trial.trial_id, reason=hold.why, hopeless=hold.hopeless))
             continue
         assignment = assign(trial, free)
         if isinstance(assignment, NoPlace):
-            verdicts.append(Wait(trial_id=trial.trial_id, reason=assignment.why))
+            kept = _reserve(trial, free, now, policy) if assignment.for_now else ""
+            reason, hopeless = f"{assignment.why}{kept}", assignment.hopeless
+            verdicts.append(Wait(trial_id=trial.trial_id, reason=reason, hopeless=hopeless))
             if assignment.for_now:
                 passed.append(trial.key)
             continue
@@ -57,7 +63,7 @@ def place(
                 numbers={"priority": trial.spec.priority, "waited_seconds": (now - trial.enqueued_at).total_seconds()},
             )
         )
-    return tuple(verdicts)
+    return after.settle(verdicts, {trial.trial_id: trial for trial in queued})
 
 
 def assign(trial: TrialView, free: FreeDevices) -> Assignment | NoPlace:
@@ -71,16 +77,18 @@ def assign(trial: TrialView, free: FreeDevices) -> Assignment | NoPlace:
     if wants > len(free.gpus):
         remedy = f"lower resources.gpus to {len(free.gpus)}" if free.gpus else "set resources.gpus: 0 to use CPU slots"
         has = f"this machine has {len(free.gpus)}" if free.gpus else f"this machine has none ({_note(free)})"
-        return NoPlace(why=f"asks for {wants} GPU(s), {has}. Remedy: {remedy}")
-    fitting = [gpu for gpu in healthy if memory_need_bytes(trial, gpu) <= gpu.memory_total_bytes]
+        return NoPlace(why=f"asks for {wants} GPU(s), {has}. Remedy: {remedy}", hopeless=True)
+    need = memory_need(trial)
+    large_enough = [gpu for gpu in free.gpus if need(gpu) <= gpu.memory_total_bytes]
+    fitting = [gpu for gpu in large_enough if not gpu.error]
     if healthy and len(fitting) < wants:
         largest = max(healthy, key=lambda gpu: gpu.memory_total_bytes)
         return NoPlace(
-            why=f"needs {memory_need_bytes(trial, largest) / 1e9:.1f} GB on each of {wants} GPU(s); the largest card "
+            why=f"needs {need(largest) / 1e9:.1f} GB on each of {wants} GPU(s); the largest card "
             f"here has {largest.memory_total_bytes / 1e9:.1f} GB. Remedy: a smaller batch.micro_batch_tokens, "
-            "or say what it really needs in resources.vram_gb"
+            "or say what it really needs in resources.vram_gb",
+            hopeless=len(large_enough) < wants,  # a sick card may be large enough, and recover
         )
-    need = partial(memory_need_bytes, trial)
     taken = free.take_gpus(wants, need, trial.key)
     return taken or NoPlace(why=f"waits for {wants} free GPU(s): {free.obstacles(need)}", for_now=True)
 
@@ -98,43 +106,59 @@ def gpus_wanted(trial: TrialView, free: FreeDevices) -> int | NoPlace:
     return 1 if free.gpus or device == "cuda" else 0
 
 
-def memory_need_bytes(trial: TrialView, gpu: Device) -> int:
+def memory_need(trial: TrialView) -> Callable[[Device], int]:
     """Bytes that a run needs free on a card: as declared, else predicted from the shape, else half of the card."""
     if trial.spec.resources.vram_gb is not None:
-        return int(trial.spec.resources.vram_gb * 1e9)
-    if trial.spec.trainer is not None:
-        return peak_memory_bytes(trial.spec.train_config(trial.seed))
-    return gpu.memory_total_bytes // 2
+        bytes_needed = int(trial.spec.resources.vram_gb * 1e9)
+    elif trial.spec.trainer is not None:
+        bytes_needed = _peak_memory(trial.spec.trainer)
+    else:
+        return lambda gpu: gpu.memory_total_bytes // 2
+    return lambda _: bytes_needed
 
 
-def _not_yet(trial: TrialView, now: datetime, retries: RetryPolicy) -> str | None:
+@lru_cache(maxsize=1024)
+def _peak_memory(trainer: TrainerSettings) -> int:
+    """It depends on the shape and the batch, not on seed or limits: any will do here."""
+    return peak_memory_bytes(TrainConfig(**dict(trainer), limits=LimitsConfig(steps=1)))
+
+
+def _reserve(trial: TrialView, free: FreeDevices, now: datetime, policy: Policy) -> str:
+    """Hold what is free for a trial that has waited long enough; empty if there is nothing to hold or no need yet."""
+    waited = (now - trial.state_since).total_seconds()
+    if waited < policy.reserve_after_seconds:
+        return ""
+    wants = gpus_wanted(trial, free)
+    if wants == 0:
+        held = f"{count} CPU slot(s)" if (count := free.hold_slots(trial.spec.resources.cpus, trial.key)) else ""
+    elif isinstance(wants, NoPlace):
+        return ""
+    else:
+        held = f"{count} GPU(s)" if (count := free.hold_gpus(wants, memory_need(trial), trial.key)) else ""
+    return f"; {held} held for it, as it has waited for {waited / 3600:.1f} h" if held else ""
+
+
+def _not_yet(trial: TrialView, now: datetime, retries: RetryPolicy) -> Hold | None:
     if trial.live_run is not None:
-        return "an earlier run of it may still be alive: nothing is started twice"
+        return Hold(why="an earlier run of it may still be alive: nothing is started twice")
     not_before = retry_not_before(trial, retries)
     if not_before is None or now >= not_before or now < trial.state_since:
         return None  # a clock that was set back must not hold a trial for as long as the jump
-    return f"retries in {(not_before - now).total_seconds():.0f} s (backoff after its last run ended)"
-
-
-def _waits_for(trial: TrialView, known: Collection[str], unfinished: Collection[str]) -> str | None:
-    missing = [name for name in trial.spec.after if name not in known]
-    if missing:
-        return (
-            f"waits for {', '.join(missing)}, which the ledger does not know. "
-            "Remedy: enqueue it, or stop this trial and correct `after`"
-        )
-    open_ones = [name for name in trial.spec.after if name in unfinished]
-    return f"waits for {', '.join(open_ones)} to finish" if open_ones else None
+    return Hold(why=f"retries in {(not_before - now).total_seconds():.0f} s (backoff after its last run ended)")
 
 
 def _assign_slots(trial: TrialView, free: FreeDevices) -> Assignment | NoPlace:
     need, total = trial.spec.resources.cpus, free.devices.cpu_slots
     if need > total:
         return NoPlace(
-            why=f"asks for {need} CPU slots, this machine has {total}. Remedy: lower resources.cpus to {total}"
+            why=f"asks for {need} CPU slots, this machine has {total}. Remedy: lower resources.cpus to {total}",
+            hopeless=True,
         )
     taken = free.take_slots(need, trial.key)
-    return taken or NoPlace(why=f"waits for {need} CPU slot(s): {free.free_slots} of {total} are free", for_now=True)
+    held = "".join(f", {count} held for {key}" for key, count in free.held_slots.items())
+    return taken or NoPlace(
+        why=f"waits for {need} CPU slot(s): {free.free_slots} of {total} are free{held}", for_now=True
+    )
 
 
 def _note(free: FreeDevices) -> str:

@@ -1,13 +1,14 @@
 """What to do next. The whole policy as a table of contents; each rule stands in its own file.
 
 exits        a run is over: completed, pruned, failed, paused, or back to the queue
-deadlines    a stop that is overdue is killed; a start that nobody claimed is voided
+deadlines    an overdue stop is killed; a start that nobody claimed is voided; a run past its time is stopped
 orders       what users asked for
 divergence   a run that flies apart is stopped
 pruning      a run that cannot reach the incumbent is stopped, after two condemnations
 budget_gate  a shape that cannot fit its bytes never starts
 followups    export and score what was trained
-placement    who starts now, on which device
+placement    who starts now, on which device, and for whom devices are held
+after        which trials must be finished first, and what will never be
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def decide(  # noqa: PLR0917  # the six things that a decision stands on, in the
             verdicts[trial.trial_id] = verdict
 
     queued = [trial for trial in unfinished if trial.trial_id not in verdicts]
-    follow_ups = follow_up(view, standings, free, now, policy)
-    launches = place(queued, view, free, now, policy.retries)
+    follow_ups = follow_up(view, standings, free, now, policy, verdicts.keys())
+    launches = place(queued, view, free, now, policy)
     return Decisions(actions=(*verdicts.values(), *follow_ups, *launches), command_outcomes=answers.outcomes)
 
 

@@ -34,4 +34,10 @@ class Policy(_Section):
     retries: RetryPolicy = RetryPolicy()
     claim_deadline_seconds: float = Field(default=60.0, gt=0, description="After that an unclaimed run is voided.")
     stop_slack_seconds: float = Field(default=30.0, ge=0, description="Beyond a stop's grace, before it is killed.")
+    followup_timeout_seconds: float = Field(
+        default=3600.0, gt=0, description="An export or evaluation that runs longer is stopped."
+    )
+    reserve_after_seconds: float = Field(
+        default=3600.0, ge=0, description="A trial that waited this long for several devices is passed no more."
+    )
     gpu_memory_margin_bytes: int = Field(default=500_000_000, ge=0, description="Left free on a GPU beside a run.")

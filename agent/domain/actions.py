@@ -84,14 +84,20 @@ class Void(_Decision):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep(_Decision):
-    """Go on. `suspect` marks a first condemnation that the next check must confirm before anything is done."""
+    """Go on. `suspect` marks a first condemnation that the next check must confirm before anything is done.
+
+    For a finished trial: nothing more is tried, which is said, and stored, once.
+    """
 
     suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait(_Decision):
-    """A queued trial that cannot start now, and why."""
+    """A trial that waits for its turn, a device or another trial, and why."""
+
+    hopeless: bool = False
+    """As things stand it can never start: it asks for more than the machine has, or waits for what will not come."""
 
 
 Action = Launch | Stop | Kill | Finish | Requeue | MarkPaused | Resume | Void | Keep | Wait

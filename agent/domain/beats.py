@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from agent.domain.observations import Device
 
 
@@ -53,6 +55,8 @@ class BeatReport:
     devices_note: str
     runs: tuple[RunLine, ...]
     decisions: tuple[DecisionLine, ...]
+    waiting: int
+    """How many waits there were; `decisions` holds the first of them."""
     commands: tuple[str, ...]
     """What the user asked for, and what came of it."""
     enqueued: tuple[str, ...]
@@ -65,14 +69,19 @@ class BeatReport:
     phase_seconds: dict[str, float]
     again: bool
     """Something changed that the next beat can act on at once."""
+    restless: bool
+    """A start, a stop or a lost sight is under way: look again within seconds."""
     drained: bool
-    """Nothing is queued, running or to be followed up."""
+    """Nothing is running or to be followed up, and nothing that is left can start as things are."""
     ok: bool
     """The facts were recorded; False means that nothing was decided."""
 
     def to_record(self) -> dict[str, Any]:
         """The JSON record of `logs/heartbeat.jsonl` and of the ledger."""
-        return dataclasses.asdict(self) | {"at": self.at.isoformat(), "line": self.to_line()}
+        record = dataclasses.asdict(self) | {"line": self.to_line()}
+        # A diverged run has losses that JSON does not know: they become null, at any depth.
+        plain: dict[str, Any] = from_json(to_json(record, inf_nan_mode="null"))
+        return plain | {"at": self.at.isoformat()}
 
     def to_line(self) -> str:
         """The readable line of `logs/heartbeat.log`, with one indented line per event worth reading."""

@@ -115,8 +115,10 @@ class ExitRecord(_Record):
     started_at: str | None
     ended_at: str
     cause: StopCause | None = None
-    """The stop that was asked for, if one was."""
+    """The stop that was asked for; INTERRUPTED if the runner was told to end without one."""
     killed: bool = False
     """The grace ran out and KILL was sent."""
     error: str = ""
     """Why it could not be started."""
+    errno: int | None = None
+    """The system's number for that, where it gave one."""

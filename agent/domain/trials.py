@@ -53,7 +53,6 @@ class Result(StrEnum):
     FAILED_CRASHED = "failed:crashed"
     FAILED_LOST = "failed:lost"
     REJECTED_OVER_BUDGET = "rejected:over_budget"
-    REJECTED_INVALID = "rejected:invalid"
 
 
 class RunKind(StrEnum):
@@ -91,6 +90,8 @@ class StopCause(StrEnum):
     DIVERGED = "diverged"
     USER = "user"
     TIMEOUT = "timeout"
+    INTERRUPTED = "interrupted"
+    """Nobody asked: the runner itself was told to end, by a reboot or the stop of a service."""
 
 
 _T, _E = TrialState, TrialEvent

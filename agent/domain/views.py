@@ -30,6 +30,8 @@ class RunView:
     killed: bool = False
     ended_at: datetime | None = None
     error: str = ""
+    errno: int | None = None
+    """Why its program could not be started, as the system numbers it."""
     last_lines: tuple[str, ...] = ()
     claimed: bool | None = None
     """None while nobody has looked; False when the last probe found the run unclaimed."""
@@ -45,6 +47,11 @@ class RunView:
     @property
     def live(self) -> bool:
         return self.state in LIVE_RUN_STATES
+
+    @property
+    def never_claimed(self) -> bool:
+        """Over before any runner had it: voided, or its launch failed."""
+        return self.state is RunState.LOST and self.claimed is False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,8 @@ class TrialView:
     """Raw final weights, relative to the workspace."""
     suspect_step: int | None = None
     """Step at which the last check condemned the trial for the first time."""
+    given_up: bool = False
+    """It was said that its export or score is not tried any more."""
 
     @property
     def key(self) -> str:

@@ -11,11 +11,11 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, delete, select
 from sqlalchemy.orm import Session
 
 from agent.domain.actions import Action, Launch
@@ -27,12 +27,16 @@ from agent.ledger import transitions
 from agent.ledger.connection import backup, check_integrity, plain_errors, writer_engine
 from agent.ledger.recording import Recorded, Recording
 from agent.ledger.schema import migrate
-from agent.ledger.tables import CommandRow, CommandState, HeartbeatRow, ProjectionRow
+from agent.ledger.tables import CommandRow, CommandState, DeviceSampleRow, HeartbeatRow, ProjectionRow
 from agent.ledger.views import ViewBuilder, run_view
 
 __all__ = ["Ledger", "Recorded"]
 
 log = logging.getLogger(__name__)
+
+KEPT_HEARTBEATS = 20_000
+KEPT_SAMPLES = timedelta(days=30)
+_DELETED_AT_ONCE = 1000
 
 
 class Ledger:
@@ -88,7 +92,10 @@ class Ledger:
             return run_view(row)
 
     def launch_failed(self, run_uuid: str, error: str, at: datetime) -> None:
-        """The run is proved never to have started; what becomes of its trial is decided on the next view."""
+        """The run is proved never to have started; what becomes of its trial is decided on the next view.
+
+        `error` goes on "the run could not be started: "; it is for people.
+        """
         with self._transaction(f"the failed launch of run {run_uuid}") as session:
             self._forget(transitions.launch_failed(session, run_uuid, error, at))
 
@@ -101,11 +108,11 @@ class Ledger:
     def settle_command(self, command_id: str, *, done: bool, outcome: str, at: datetime) -> None:
         """Raises NotFoundError for a command that the ledger does not hold."""
         with self._transaction(f"command {command_id}") as session:
-            row = session.get(CommandRow, command_id)
+            row = session.scalar(select(CommandRow).where(CommandRow.command_id == command_id))
             if row is None:
                 raise NotFoundError(f"the ledger has no command {command_id}")
             row.state = CommandState.DONE if done else CommandState.REFUSED
-            row.outcome, row.at = outcome, at
+            row.outcome, row.settled_at = outcome, at
 
     def save_projections(self, projections: Sequence[Projection], at: datetime) -> None:
         """Store those that rest on new points; a beat without a new line adds no row."""
@@ -128,8 +135,20 @@ class Ledger:
                 session.add(ProjectionRow(at=at, **values))
 
     def save_heartbeat(self, at: datetime, report_json: str, seconds: float) -> None:
+        """Store a beat, and let go of what is older than the last KEPT_HEARTBEATS beats and KEPT_SAMPLES of devices."""
         with self._transaction("storing a heartbeat") as session:
-            session.add(HeartbeatRow(at=at, report=report_json, seconds=seconds))
+            row = HeartbeatRow(at=at, report=report_json, seconds=seconds)
+            session.add(row)
+            session.flush()
+            # In portions: a ledger with years behind it must not hold up a beat for minutes.
+            beats = select(HeartbeatRow.id).where(HeartbeatRow.id <= row.id - KEPT_HEARTBEATS).order_by(HeartbeatRow.id)
+            samples = (
+                select(DeviceSampleRow.id)
+                .where(DeviceSampleRow.at < at - KEPT_SAMPLES)
+                .order_by(DeviceSampleRow.at, DeviceSampleRow.uuid)
+            )
+            session.execute(delete(HeartbeatRow).where(HeartbeatRow.id.in_(beats.limit(_DELETED_AT_ONCE))))
+            session.execute(delete(DeviceSampleRow).where(DeviceSampleRow.id.in_(samples.limit(_DELETED_AT_ONCE))))
 
     def _forget(self, *trial_ids: int) -> None:
         # Also right when the transaction fails: the next view then reads the same rows once more.

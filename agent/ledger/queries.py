@@ -15,12 +15,12 @@ from sqlalchemy.orm import Session
 from agent.domain.errors import NotFoundError
 from agent.domain.observations import CommandVerb, Device, DeviceProcess
 from agent.domain.projections import Projection
-from agent.domain.specs import Metric, Track
+from agent.domain.specs import Metric
 from agent.domain.trials import TrialState
-from agent.domain.views import LedgerView, TrialView
+from agent.domain.views import TrialView
 from agent.ledger.column_types import LARGEST_INTEGER
 from agent.ledger.connection import plain_errors, reader_engine, require_current, stored_revision
-from agent.ledger.standings import Leaderboard, Standing, leaderboards
+from agent.ledger.standings import BoardRow, Leaderboard, leaderboards
 from agent.ledger.tables import (
     CommandRow,
     CommandState,
@@ -35,6 +35,7 @@ from agent.ledger.tables import (
 from agent.ledger.views import ViewBuilder
 
 __all__ = [
+    "BoardRow",
     "CommandRecord",
     "CommandState",
     "DecisionRecord",
@@ -44,7 +45,6 @@ __all__ = [
     "Leaderboard",
     "LedgerReader",
     "ProjectionRecord",
-    "Standing",
 ]
 
 
@@ -98,6 +98,9 @@ class CommandRecord:
     state: CommandState
     outcome: str
     at: datetime
+    """When it arrived."""
+    settled_at: datetime | None
+    """When it was carried out or refused."""
 
 
 class LedgerReader:
@@ -127,10 +130,6 @@ class LedgerReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def view(self, now: datetime) -> LedgerView:
-        with self._look() as session:
-            return ViewBuilder().view(session, now)
-
     def trials(self, states: Collection[TrialState] | None = None) -> tuple[TrialView, ...]:
         """Trials by id; `states` of None means all."""
         query = select(TrialRow.id).order_by(TrialRow.id)
@@ -148,17 +147,6 @@ class LedgerReader:
         """A leaderboard per track, best first, of at most `limit` rows each; `track` is a track's key."""
         with self._look() as session:
             return leaderboards(session, limit, metric, track)
-
-    def tracks(self) -> tuple[Track, ...]:
-        with self._look() as session:
-            keys = session.scalars(select(TrialRow.track_key).distinct().order_by(TrialRow.track_key))
-            return tuple(Track.from_key(key) for key in keys)
-
-    def counts(self) -> dict[TrialState, int]:
-        """Trials by state; states without a trial are left out."""
-        query = select(TrialRow.state, func.count()).group_by(TrialRow.state)
-        with self._look() as session:
-            return dict(session.execute(query).all())
 
     def decisions(self, trial_id: int) -> tuple[DecisionRecord, ...]:
         """All decisions on a trial, oldest first."""
@@ -195,7 +183,7 @@ class LedgerReader:
 
     def commands(self, last: int = 100) -> tuple[CommandRecord, ...]:
         """The last commands, newest first."""
-        query = select(CommandRow).order_by(CommandRow.at.desc(), CommandRow.id.desc()).limit(last)
+        query = select(CommandRow).order_by(CommandRow.id.desc()).limit(last)
         return self._values(query, _command)
 
     def _values(self, query: Executable, value_of: Callable[[Any], _Value]) -> tuple[_Value, ...]:
@@ -273,5 +261,11 @@ def _device(row: DeviceSampleRow) -> DeviceSample:
 
 def _command(row: CommandRow) -> CommandRecord:
     return CommandRecord(
-        command_id=row.id, verb=row.verb, trial_id=row.trial_id, state=row.state, outcome=row.outcome, at=row.at
+        command_id=row.command_id,
+        verb=row.verb,
+        trial_id=row.trial_id,
+        state=row.state,
+        outcome=row.outcome,
+        at=row.at,
+        settled_at=row.settled_at,
     )

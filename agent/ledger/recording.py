@@ -22,7 +22,6 @@ from agent.domain.observations import (
     ProbeState,
     RunProbe,
     SpecArrival,
-    SpecRefusal,
 )
 from agent.domain.specs import track_of
 from agent.domain.trials import LIVE_RUN_STATES, RunEvent, RunKind, TrialEvent, TrialState
@@ -69,13 +68,17 @@ class Recording:
         settled: list[tuple[str, str | None]] = []
         for arrival in observation.arrivals:
             try:
-                enqueued += self._admit(arrival)
+                # Of a spec that cannot be stored nothing stays, and the other facts do.
+                with self.session.begin_nested():
+                    enqueued += self._admit(arrival)
                 settled.append((arrival.claimed_path, None))
             except DuplicateNameError as error:
-                self._event("spec_refused", str(error))
-                settled.append((arrival.claimed_path, str(error)))
+                settled.append((arrival.claimed_path, self._refused(str(error))))
+            except (ValueError, ArithmeticError) as error:
+                text = f"{arrival.source_name}: cannot be taken into the ledger: {error}. Remedy: correct its values"
+                settled.append((arrival.claimed_path, self._refused(text)))
         for refusal in observation.refusals:
-            self._refuse(refusal)
+            self._refused(refusal.message)
         commands = tuple(self._command(command) for command in observation.commands)
         runs = self._runs({probe.run_uuid for probe in observation.probes} | {r.run_uuid for r in observation.readings})
         # Log lines before exits: a final value that stands in the log is there when the run's end is judged.
@@ -105,6 +108,7 @@ class Recording:
                 f"{arrival.source_name}: field 'name': an experiment named '{spec.name}' with other contents exists "
                 f"(enqueued {known.enqueued_at:%Y-%m-%d %H:%M}Z from {known.source_name}). Remedy: choose another name"
             )
+        track_key = track_of(spec, arrival.val_sha256).key
         experiment = ExperimentRow(
             name=spec.name,
             study=spec.study,
@@ -120,18 +124,20 @@ class Recording:
             trial = TrialRow(
                 experiment_id=experiment.id,
                 seed=seed,
-                track_key=track_of(spec, arrival.val_sha256).key,
+                track_key=track_key,
                 state=TrialState.QUEUED,
                 reason="",
                 state_since=self.at,
                 priority=spec.priority,
+                given_up=False,
             )
             self.session.add(trial)
             self.session.flush()  # One by one, so that ids follow the order of the seeds.
         return [f"{spec.name}@{seed}" for seed in spec.seeds]
 
-    def _refuse(self, refusal: SpecRefusal) -> None:
-        self._event("spec_refused", clean(refusal.message))
+    def _refused(self, message: str) -> str:
+        self._event("spec_refused", clean(message))
+        return message
 
     def _event(self, kind: str, detail: str) -> None:
         """Something about no trial, once: a file that could not be moved away comes back with the next beat."""
@@ -141,16 +147,18 @@ class Recording:
             self.session.flush()
 
     def _command(self, command: Command) -> str:
-        if self.session.get(CommandRow, command.command_id) is None:
+        known = select(CommandRow.id).where(CommandRow.command_id == command.command_id)
+        if self.session.scalar(known) is None:
             exists = self.session.get(TrialRow, command.trial_id) if abs(command.trial_id) <= LARGEST_INTEGER else None
             self.session.add(
                 CommandRow(
-                    id=command.command_id,
+                    command_id=command.command_id,
                     verb=command.verb,
                     trial_id=command.trial_id if exists else 0,
                     state=CommandState.PENDING if exists else CommandState.REFUSED,
                     outcome="" if exists else f"there is no trial {command.trial_id}",
                     at=self.at,
+                    settled_at=None if exists else self.at,
                 )
             )
             if exists is None:
@@ -209,9 +217,12 @@ class Recording:
 
     def _exit(self, run: RunRow, probe: RunProbe) -> None:
         run.claimed = True
+        if probe.detail:
+            self._note(f"run {run.uuid}: {probe.detail}")
         if probe.exit is None:
             return
-        run.returncode, run.killed, run.error = probe.exit.returncode, probe.exit.killed, clean(probe.exit.error)
+        run.returncode, run.killed, run.errno = probe.exit.returncode, probe.exit.killed, probe.exit.errno
+        run.error = clean(probe.exit.error or probe.detail)
         run.ended_at = _instant(probe.exit.ended_at) or self.at
         # A stop that the runner began itself, such as a timeout; one that was asked for is known already.
         run.stop_cause = run.stop_cause or probe.exit.cause

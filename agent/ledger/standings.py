@@ -19,7 +19,7 @@ _IDS_PER_QUERY = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class BoardRow:
     """One line of a leaderboard. BPB values are finals on the validation set of the track."""
 
     place: int | None
@@ -48,7 +48,7 @@ class Leaderboard:
     track: Track
     metric: Metric
     """What `place` goes by."""
-    rows: tuple[Standing, ...]
+    rows: tuple[BoardRow, ...]
 
 
 def leaderboards(session: Session, limit: int, metric: Metric | None, track: str | None) -> tuple[Leaderboard, ...]:
@@ -68,7 +68,7 @@ def leaderboards(session: Session, limit: int, metric: Metric | None, track: str
             others += _pick(session, own, Metric.RAW, limit - len(placed), eligible=True, lacking=ranking)
         if (room := limit - len(placed) - len(others)) > 0:
             others += _pick(session, own, Metric.RAW, room, eligible=False)
-        boards.append(Leaderboard(track=own, metric=ranking, rows=_standings(session, own, placed, others)))
+        boards.append(Leaderboard(track=own, metric=ranking, rows=_board_rows(session, own, placed, others)))
     return tuple(boards)
 
 
@@ -109,7 +109,7 @@ def _pick(
     return list(session.scalars(query))
 
 
-def _standings(session: Session, track: Track, placed: list[int], others: list[int]) -> tuple[Standing, ...]:
+def _board_rows(session: Session, track: Track, placed: list[int], others: list[int]) -> tuple[BoardRow, ...]:
     """The rows to show, with everything that a board tells."""
     ids = placed + others
     bpb: dict[tuple[int, Metric], float] = {}
@@ -131,12 +131,12 @@ def _standings(session: Session, track: Track, placed: list[int], others: list[i
         )
         for trial_id, name, seed, state, result in session.execute(named.where(TrialRow.id.in_(some))):
             trials[trial_id] = (name, seed, state, result)
-    rows: list[Standing] = []
+    rows: list[BoardRow] = []
     for position, trial_id in enumerate(ids, start=1):
         name, seed, state, result = trials[trial_id]
         artifact_bytes = sizes.get(trial_id)
         rows.append(
-            Standing(
+            BoardRow(
                 place=position if position <= len(placed) else None,
                 trial_id=trial_id,
                 name=name,

@@ -84,6 +84,7 @@ class TrialRow(Base):
     reason: Mapped[Body]
     state_since: Mapped[Instant]
     suspect_step: Mapped[Big | None]
+    given_up: Mapped[bool]
     priority: Mapped[int]
 
 
@@ -117,6 +118,7 @@ class RunRow(Base):
     killed: Mapped[bool]
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     error: Mapped[Body]
+    errno: Mapped[int | None]
     last_lines: Mapped[list[str]] = mapped_column(JSON)
     claimed: Mapped[bool | None]
     has_result: Mapped[bool]
@@ -260,16 +262,21 @@ class DeviceSampleRow(Base):
 
 
 class CommandRow(Base):
-    """What a user asked for. `trial_id` is no foreign key: a command for a trial that never was is kept, refused."""
+    """What a user asked for, numbered in the order of arrival, which is the order in which they are obeyed.
+
+    `trial_id` is no foreign key: a command for a trial that never was is kept, refused.
+    """
 
     __tablename__ = "commands"
 
-    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    id: Mapped[Key]
+    command_id: Mapped[Name] = mapped_column(unique=True)
     verb: Mapped[CommandVerb] = mapped_column(enumeration(CommandVerb))
     trial_id: Mapped[Big]
     state: Mapped[CommandState] = mapped_column(enumeration(CommandState), index=True)
     outcome: Mapped[Body]
     at: Mapped[Instant]
+    settled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 def has_val() -> ColumnElement[bool]:

@@ -109,7 +109,7 @@ def launch_failed(session: Session, run_uuid: str, error: str, at: datetime) -> 
     """The run was never started. Its trial's fate is the policy's. Returns the trial's id."""
     run = run_row(session, run_uuid)
     move_run(run, RunEvent.VANISH, at)
-    run.error = error
+    run.error, run.claimed = error, False
     return run.trial_id
 
 
@@ -127,7 +127,7 @@ def apply(session: Session, action: Action, at: datetime) -> None:  # noqa: PLR0
         case Void(run_uuid=run_uuid):
             run = _own_run(session, trial, run_uuid)
             move_run(run, RunEvent.VANISH, at)
-            run.error = f"voided: {action.reason}"
+            run.error, run.claimed = action.reason, False
         case Finish(result=result, raw_bpb=raw_bpb):
             _refuse_live(session, trial, RunKind.TRAIN, "finish")
             move_trial(trial, TrialEvent.FINISH, at, action.reason)
@@ -143,6 +143,10 @@ def apply(session: Session, action: Action, at: datetime) -> None:  # noqa: PLR0
             move_trial(trial, event, at, action.reason)
         case Resume():
             move_trial(trial, TrialEvent.RESUME, at, action.reason)
+        case Keep() if trial.state is TrialState.FINISHED:
+            if trial.given_up:
+                return
+            trial.given_up = True
         case Keep(suspect=suspect):
             step = _last_val_step(session, trial) if suspect else None
             if step == trial.suspect_step:

@@ -49,11 +49,10 @@ class ViewBuilder:
             views[trial.trial_id] = trial
             if trial.state is TrialState.FINISHED:
                 self._finished[trial.trial_id] = trial
-        waiting = (
-            select(CommandRow).where(CommandRow.state == CommandState.PENDING).order_by(CommandRow.at, CommandRow.id)
-        )
+        waiting = select(CommandRow).where(CommandRow.state == CommandState.PENDING).order_by(CommandRow.id)
         commands = tuple(
-            PendingCommand(command_id=row.id, verb=row.verb, trial_id=row.trial_id) for row in session.scalars(waiting)
+            PendingCommand(command_id=row.command_id, verb=row.verb, trial_id=row.trial_id)
+            for row in session.scalars(waiting)
         )
         return LedgerView(at=at, trials=tuple(views[trial_id] for trial_id in ids), commands=commands)
 
@@ -114,6 +113,7 @@ class ViewBuilder:
                 artifact=artifacts.get(trial_id),
                 model_path=next((run.model_path for run in trained if run.model_path), None),
                 suspect_step=row.suspect_step,
+                given_up=row.given_up,
             )
 
     def _load_specs(self, session: Session, trial_ids: Sequence[int]) -> None:
@@ -128,8 +128,8 @@ class ViewBuilder:
 def _last_steps(session: Session, run_ids: Sequence[int]) -> dict[int, int | None]:
     """The highest step of each run's own points: one look into the index a run, however many points it has."""
     highest = select(func.max(PointRow.step)).where(PointRow.run_id == RunRow.id).scalar_subquery()
-    found = session.execute(select(RunRow.id, highest).where(RunRow.id.in_(run_ids))).tuples().all()
-    return dict(found)
+    found = session.execute(select(RunRow.id, highest).where(RunRow.id.in_(run_ids)))
+    return {run_id: step for run_id, step in found}  # noqa: C416  # rows are no pairs to a type checker
 
 
 def run_view(row: RunRow, last_step: int | None = None) -> RunView:
@@ -149,6 +149,7 @@ def run_view(row: RunRow, last_step: int | None = None) -> RunView:
         killed=row.killed,
         ended_at=row.ended_at,
         error=row.error,
+        errno=row.errno,
         last_lines=tuple(row.last_lines),
         claimed=row.claimed,
         has_result=row.has_result,

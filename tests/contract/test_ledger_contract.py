@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.decisions.standings import standings_of
 from agent.domain.actions import (
     Action,
     Assignment,
@@ -45,9 +48,11 @@ from agent.domain.observations import (
 )
 from agent.domain.projections import Projection
 from agent.domain.runfiles import ExitRecord
-from agent.domain.specs import Metric, Spec
+from agent.domain.specs import Metric, Spec, Track
 from agent.domain.trials import Result, RunKind, RunState, StopCause, TrialState
 from agent.domain.views import RunView, TrialView
+from agent.ledger import ledger as ledger_module
+from agent.ledger import recording
 from agent.ledger.ledger import Ledger, Recorded
 from agent.ledger.queries import CommandState, LedgerReader
 from trainer.report import EvaluateResult, ExportResult, TrainResult, result_json
@@ -274,6 +279,7 @@ def test_commands_wait_until_they_are_settled(world: World) -> None:
     with world.reader() as reader:
         (record,) = reader.commands()
     assert (record.state, record.outcome) == (CommandState.REFUSED, "it is over")
+    assert (record.at, record.settled_at) == (NOW, after(1))
     with pytest.raises(NotFoundError):
         world.ledger.settle_command("c2", done=True, outcome="", at=NOW)
 
@@ -285,6 +291,45 @@ def test_a_command_for_a_trial_that_never_was_is_refused_and_settled(world: Worl
     assert recorded.settled_commands == ("p",)
     assert str(trial_id) in recorded.problems[0]
     assert world.ledger.view(NOW).commands == ()
+    with world.reader() as reader:
+        assert [record.settled_at for record in reader.commands()] == [NOW]
+
+
+def test_commands_of_one_beat_keep_the_order_of_their_arrival(world: World) -> None:
+    world.enqueue(spec())
+    ids = [f"{letter}1" for letter in "zqamxb"]
+    sent = [Command(command_id=name, verb=CommandVerb.PAUSE, trial_id=1, claimed_path=name) for name in ids]
+    world.record(commands=tuple(sent))
+    assert [command.command_id for command in world.ledger.view(NOW).commands] == ids
+    world.ledger.settle_command("m1", done=True, outcome="", at=after(9))
+    world.reopen()
+    assert [command.command_id for command in world.ledger.view(NOW).commands] == ["z1", "q1", "a1", "x1", "b1"]
+    with world.reader() as reader:
+        assert [record.command_id for record in reader.commands()] == ids[::-1]
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, ZeroDivisionError])
+def test_a_spec_that_cannot_be_stored_is_refused_and_stops_nothing_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    real = recording.track_of
+
+    def picky(given: Spec, val_sha256: str | None) -> Track:
+        if given.name == "odd":
+            raise error("int too large")
+        return real(given, val_sha256)
+
+    monkeypatch.setattr(recording, "track_of", picky)
+    recorded = world.record(arrivals=tuple(arrival(spec(name)) for name in ("a", "odd", "b")))
+    assert recorded.enqueued == ("a@1337", "b@1337")
+    (_, none), (path, refusal), (_, neither) = recorded.settled_specs
+    assert (none, neither, path) == (None, None, "queue/claimed/odd.yaml")
+    assert refusal is not None
+    assert "odd.yaml: cannot be taken into the ledger: int too large" in refusal
+    with world.reader() as reader:
+        assert [event.kind for event in reader.events()] == ["spec_refused"]
+    monkeypatch.undo()
+    assert world.record(arrivals=(arrival(spec("odd")),)).enqueued == ("odd@1337",), "nothing of it had stayed"
 
 
 # --- runs ----------------------------------------------------------------------------------------------------
@@ -332,6 +377,7 @@ def test_a_failed_launch_is_a_lost_run_and_leaves_the_trial_to_the_policy(world:
         "ENOENT python9",
         after(1),
     )
+    assert trial.runs[0].never_claimed
     world.apply(Requeue(trial_id=1, reason="again"))
     assert world.launch(uuid="u2").attempt == 2
 
@@ -730,7 +776,7 @@ def test_reader_and_writer_see_the_same_view_also_after_follow_ups(world: World)
         world.ledger.view(NOW)  # Fills the writer's memory of finished trials, which must not outlive the next step.
         step()
         with world.reader() as reader:
-            assert reader.view(NOW) == world.ledger.view(NOW)
+            assert reader.trials() == world.ledger.view(NOW).trials
 
 
 # --- what the command line shows -----------------------------------------------------------------------------
@@ -773,8 +819,6 @@ def test_tracks_are_never_mixed(world: World) -> None:
             ("1000tok", ["b"]),
             ("180s", ["a"]),
         ]
-        assert len(reader.tracks()) == 3
-        assert reader.counts() == {TrialState.FINISHED: 2, TrialState.QUEUED: 1}
         assert [trial.key for trial in reader.trials([TrialState.QUEUED])] == ["c@1337"]
         assert len(reader.trials()) == 3
 
@@ -856,3 +900,95 @@ def test_a_decisions_numbers_are_strict_json(world: World) -> None:
     world.apply(MarkPaused(trial_id=1, reason="r", numbers={"a": math.inf, "b": 2, "c": None, "d": "x"}))
     with world.reader() as reader:
         assert reader.decisions(1)[0].numbers == {"a": "inf", "b": 2, "c": None, "d": "x"}
+
+
+def test_leaderboard_and_policy_agree_on_the_incumbent(world: World) -> None:
+    world.enqueue(spec("a", seeds=(1, 2, 3, 4)), spec("b", limits={"tokens": 1000}, seeds=(1, 2)))
+    for trial_id, bpb in ((1, 1.5), (2, 1.3), (3, 1.4), (4, 1.4), (5, 1.1), (6, 1.1)):
+        world.complete(trial_id, bpb)
+        if trial_id == 2:
+            world.export(2, artifact_bytes=16_000_001)
+        standings = standings_of(world.ledger.view(NOW))
+        with world.reader() as reader:
+            boards = {board.track.key: board.rows[0] for board in reader.best(metric=Metric.RAW)}
+        placed = {track: row.trial_id for track, row in boards.items() if row.place == 1}
+        held = {track: s.incumbent.trial_id for track, s in standings.items() if s.incumbent is not None}
+        assert placed == held
+
+
+def test_old_heartbeats_and_samples_are_let_go_in_portions(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "KEPT_HEARTBEATS", 3)
+    monkeypatch.setattr(ledger_module, "_DELETED_AT_ONCE", 2)
+    gpu = Device(index=0, uuid="GPU-1", name="Card", memory_total_bytes=16, memory_used_bytes=1)
+    for day in range(8):
+        world.record(NOW + timedelta(days=day), devices=Devices(gpus=(gpu,), cpu_slots=2))
+    for day in range(6):
+        world.ledger.save_heartbeat(NOW + timedelta(days=day), f"{day}", 0.5)
+    with world.reader() as reader:
+        assert [beat.report_json for beat in reader.heartbeats(99)] == ["5", "4", "3"]
+
+    def samples() -> int:
+        with closing(sqlite3.connect(world.path)) as connection:
+            return int(connection.execute("SELECT count(*) FROM device_samples").fetchone()[0])
+
+    assert samples() == 8
+    left = []
+    for _ in range(4):
+        world.ledger.save_heartbeat(NOW + timedelta(days=35), "later", 0.5)
+        left.append(samples())
+    assert left == [6, 4, 3, 3], "the newest 30 days stay"
+
+
+def test_an_unclaimed_run_that_was_out_of_sight_can_be_voided(world: World) -> None:
+    world.enqueue(spec())
+    world.launch()
+    world.probe(state=ProbeState.UNCLAIMED)
+    world.probe(state=ProbeState.UNKNOWN, detail="EIO")
+    run = world.trial().runs[0]
+    assert (run.state, run.claimed) == (RunState.UNKNOWN, False)
+    world.apply(Void(trial_id=1, reason="nobody came", run_uuid="u1"))
+    run = world.trial().runs[0]
+    assert (run.state, run.never_claimed, run.error) == (RunState.LOST, True, "nobody came")
+    world.apply(Requeue(trial_id=1, reason="again"))
+
+
+def test_why_a_program_did_not_start_is_kept(world: World) -> None:
+    world.running()
+    world.exit(code=None, error="cannot start x: No space left on device", errno=28)
+    run = world.trial().runs[0]
+    assert (run.errno, run.returncode, run.error) == (28, None, "cannot start x: No space left on device")
+
+
+def test_an_interruption_that_the_runner_reports_is_the_runs_cause(world: World) -> None:
+    world.running()
+    world.exit(cause=StopCause.INTERRUPTED)
+    assert world.trial().runs[0].stop_cause is StopCause.INTERRUPTED
+
+
+def test_a_result_that_cannot_be_used_is_told(world: World) -> None:
+    world.running()
+    exited = ExitRecord(run_uuid="u1", returncode=0, started_at=None, ended_at=after(5).isoformat())
+    recorded = world.probe(state=ProbeState.EXITED, exit=exited, detail="result.json is larger than 9 bytes")
+    assert "larger than 9 bytes" in recorded.problems[0]
+    assert "larger than 9 bytes" in world.trial().runs[0].error
+
+
+def test_stopping_a_follow_up_leaves_its_trial_finished(world: World) -> None:
+    world.enqueue(spec())
+    world.complete(1, 1.5)
+    world.launch(1, "x1", RunKind.EXPORT)
+    world.apply(Stop(trial_id=1, reason="too long", run_uuid="x1", cause=StopCause.TIMEOUT))
+    trial = world.trial()
+    assert (trial.state, trial.result) == (TrialState.FINISHED, Result.COMPLETED)
+    assert trial.runs[-1].state is RunState.STOPPING
+
+
+def test_giving_up_is_stored_once(world: World) -> None:
+    world.enqueue(spec())
+    world.complete(1, 1.5)
+    assert not world.trial().given_up
+    for _ in range(3):
+        world.apply(Keep(trial_id=1, reason="export is given up"))
+    assert world.trial().given_up
+    with world.reader() as reader:
+        assert [d.reason for d in reader.decisions(1)].count("export is given up") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -288,7 +289,7 @@ def test_descendants_that_hide_in_other_sessions_are_ended(launch: Callable[...,
     assert identify(hidden) is None
 
 
-def test_term_to_the_runner_stops_its_trainer_and_is_no_cause(launch: Callable[..., Run]) -> None:
+def test_term_to_the_runner_stops_its_trainer_and_hup_and_int_do_not(launch: Callable[..., Run]) -> None:
     run = launch()
     run.until_started()
     os.kill(run.runner_pid(), signal.SIGHUP)
@@ -297,7 +298,7 @@ def test_term_to_the_runner_stops_its_trainer_and_is_no_cause(launch: Callable[.
     os.kill(run.runner_pid(), signal.SIGTERM)
     probe = run.until_over()
     assert probe.exit is not None
-    assert (probe.exit.returncode, probe.exit.cause) == (-signal.SIGTERM, None)
+    assert (probe.exit.returncode, probe.exit.cause) == (-signal.SIGTERM, StopCause.INTERRUPTED)
 
 
 def test_the_trainer_does_not_inherit_blocked_or_ignored_signals(launch: Callable[..., Run]) -> None:
@@ -476,6 +477,108 @@ def test_a_result_of_absurd_size_is_left_out_and_said(launch: Callable[..., Run]
     assert probe.state is ProbeState.EXITED
     assert probe.result_text is None
     assert "result.json is larger" in probe.detail
+
+
+def test_a_result_that_cannot_be_read_now_is_unknown(
+    launch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = launch("pass")
+    (run.directory / "result.json").write_text("{}")
+    assert run.until_over().result_text == "{}"
+    real = os.open
+
+    def failing(path: str | Path, *rest: int) -> int:
+        if str(path).endswith("result.json"):
+            raise OSError(5, "Input/output error")
+        return real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        probe = run.probe()
+    assert probe.state is ProbeState.UNKNOWN
+    assert "Input/output error" in probe.detail
+    assert run.probe().state is ProbeState.EXITED
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "latin"])
+def test_a_result_that_is_none_does_not_hold_up_the_end(launch: Callable[..., Run], kind: str) -> None:
+    run = launch("pass")
+    path = run.directory / "result.json"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.write_bytes(b"\xff")
+    probe = run.until_over()
+    assert (probe.state, probe.result_text) == (ProbeState.EXITED, None)
+    assert "result.json" in probe.detail
+
+
+POLITE = (
+    "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    "print('ready', flush=True)\ntime.sleep(600)"
+)
+
+
+def test_a_runner_told_to_end_from_outside_says_so(launch: Callable[..., Run]) -> None:
+    run = launch(POLITE)
+    run.until_said("ready")
+    os.kill(run.runner_pid(), signal.SIGTERM)
+    probe = run.until_over()
+    assert probe.exit is not None
+    assert (probe.exit.returncode, probe.exit.cause) == (0, StopCause.INTERRUPTED)
+
+
+def test_also_when_the_trainer_was_told_first_as_by_a_reboot(launch: Callable[..., Run]) -> None:
+    run = launch(POLITE)
+    run.until_said("ready")
+    trainer = run.until_started()
+    os.kill(run.runner_pid(), signal.SIGSTOP)  # so that it sees both at once
+    os.kill(trainer, signal.SIGTERM)
+    until(lambda: identify(trainer) is None, "the trainer's end")
+    os.kill(run.runner_pid(), signal.SIGTERM)
+    os.kill(run.runner_pid(), signal.SIGCONT)
+    probe = run.until_over()
+    assert probe.exit is not None
+    assert (probe.exit.returncode, probe.exit.cause) == (0, StopCause.INTERRUPTED)
+
+
+def test_a_request_outranks_the_signal_that_comes_after_it(launch: Callable[..., Run]) -> None:
+    run = launch(POLITE)
+    run.until_said("ready")
+    os.kill(run.runner_pid(), signal.SIGSTOP)
+    run.stop(StopCause.PRUNE)
+    os.kill(run.runner_pid(), signal.SIGTERM)
+    os.kill(run.runner_pid(), signal.SIGCONT)
+    probe = run.until_over()
+    assert probe.exit is not None
+    assert probe.exit.cause is StopCause.PRUNE
+
+
+def test_why_a_program_did_not_start_is_in_the_exit_record(launch: Callable[..., Run], tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("no program")
+    for argv, number in ((["/no/such/program"], errno.ENOENT), ([str(plain)], errno.EACCES)):
+        exited = launch(argv=argv).until_over().exit
+        assert exited is not None
+        assert (exited.returncode, exited.errno) == (None, number)
+        assert exited.error.startswith(f"cannot start {argv[0]} in /: {os.strerror(number)}")
+
+
+def test_what_fails_between_fork_and_exec_keeps_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "process.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, text)
+
+    monkeypatch.setattr(runner, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        runner._start(tmp_path, order_for("pass"))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_the_log_tail_is_bounded(launch: Callable[..., Run]) -> None:

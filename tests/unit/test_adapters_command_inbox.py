@@ -80,6 +80,66 @@ def test_other_files_are_left_alone_and_links_are_not_followed(workspace: Worksp
     assert (workspace.commands / "a.json.tmp").exists()
 
 
+def test_a_name_that_was_used_before_is_another_command(workspace: Workspace) -> None:
+    inbox, seen = CommandInbox(workspace), set()
+    for _ in range(2):
+        (workspace.commands / "stop-it.json").write_text(json.dumps({"verb": "stop", "trial_id": 1}))
+        (command,), problems = inbox.pending()
+        assert not problems
+        assert inbox.pending()[0] == (command,), "claimed, it keeps its id"
+        seen.add(command.command_id)
+        inbox.settle(command.claimed_path)
+    assert len(seen) == 2
+    assert "stop-it" not in seen
+
+
+def test_what_send_named_keeps_its_name_as_id(workspace: Workspace) -> None:
+    inbox = CommandInbox(workspace)
+    path = inbox.send(CommandVerb.STOP, 1)
+    assert [command.command_id for command in inbox.pending()[0]] == [path.stem]
+
+
+@pytest.mark.parametrize("failing", ["open", "claim", "reject"])
+def test_a_file_that_cannot_be_handled_is_told_and_offered_again(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    inbox = CommandInbox(workspace)
+    (workspace.commands / "a.json").write_text("{" if failing == "reject" else '{"verb": "stop", "trial_id": 1}')
+    (workspace.commands / "b.json").write_text('{"verb": "stop", "trial_id": 2}')
+    real_open, real_rename = os.open, Path.rename
+
+    def guarded_open(path: str | Path, *rest: int) -> int:
+        if failing == "open" and str(path).endswith("a.json"):
+            raise OSError(5, "Input/output error")
+        return real_open(path, *rest)
+
+    def guarded_rename(self: Path, target: Path) -> Path:
+        folder = {"claim": "claimed", "reject": "rejected"}.get(failing)
+        if self.name.endswith("a.json") and target.parent.name == folder:
+            raise PermissionError(1, "Operation not permitted")
+        return real_rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", guarded_open)
+        patch.setattr(Path, "rename", guarded_rename)
+        commands, problems = inbox.pending()
+    assert [command.trial_id for command in commands] == [2]
+    assert any("a.json" in problem for problem in problems)
+    again, problems = inbox.pending()
+    assert len(again) == (1 if failing == "reject" else 2)
+    assert bool(problems) is (failing == "reject")
+
+
+def test_waiting_names_what_a_look_would_take(workspace: Workspace) -> None:
+    inbox = CommandInbox(workspace)
+    (workspace.commands / ".x.json").write_text("{}")
+    (workspace.commands / "notes.txt").write_text("{}")
+    path = inbox.send(CommandVerb.STOP, 1)
+    assert inbox.waiting() == {f"{path.name}:{path.stat().st_mtime_ns}"}
+    inbox.pending()
+    assert inbox.waiting() == frozenset()
+
+
 def test_sending_without_a_workspace_says_so(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="a workspace"):
         CommandInbox(Workspace(tmp_path / "nowhere")).send(CommandVerb.STOP, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.adapters import spec_queue
 from agent.adapters.spec_queue import MAX_FILES_PER_LOOK, SpecQueue
 from agent.adapters.workspace import Workspace
 from agent.domain.errors import SpecError
@@ -156,6 +157,70 @@ def test_a_file_that_cannot_be_looked_at_now_is_offered_later(workspace: Workspa
     assert queue.arrivals(LATER) == ((), ())
     fail[0] = False
     assert len(queue.arrivals(LATER)[0]) == 1
+
+
+def test_a_file_that_cannot_be_claimed_is_told_and_stops_nothing_else(
+    workspace: Workspace, queue: SpecQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (workspace.queue / f"{name}.yaml").write_text(text_of(name))
+    real = Path.rename
+
+    def guarded(self: Path, target: Path) -> Path:
+        if self.name == "a.yaml":
+            raise PermissionError(1, "Operation not permitted")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", guarded)
+    assert [arrival.spec.name for arrival in queue.arrivals(LATER)[0]] == ["b"]
+    (fault,) = queue.faults
+    assert "a.yaml cannot be taken out of the queue: Operation not permitted" in fault
+    monkeypatch.undo()
+    assert len(queue.arrivals(LATER)[0]) == 2
+    assert queue.faults == ()
+
+
+@pytest.mark.parametrize("error", [OverflowError, ValueError])
+def test_a_spec_without_a_track_is_refused(
+    workspace: Workspace, queue: SpecQueue, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def no_track(*_: object) -> None:
+        raise error("int too large to convert to float")
+
+    monkeypatch.setattr(spec_queue, "track_of", no_track)
+    path = workspace.queue / "a.yaml"
+    path.write_text(text_of("a"))
+    with pytest.raises(SpecError, match="its track cannot be computed"):
+        queue.check(path)
+    arrivals, (refusal,) = queue.arrivals(LATER)
+    assert arrivals == ()
+    assert "int too large" in refusal.message
+
+
+def test_a_date_in_the_future_does_not_keep_a_file_young(workspace: Workspace, queue: SpecQueue) -> None:
+    path = workspace.queue / "a.yaml"
+    path.write_text("name: a\n")
+    future = LATER + timedelta(days=9)
+    os.utime(path, (future.timestamp(), future.timestamp()))
+    assert queue.arrivals() == ((), ()), "it was changed just now"
+    assert len(queue.arrivals(LATER)[1]) == 1
+
+
+def test_waiting_names_what_a_look_would_take_and_tells_when_it_has_rested(
+    workspace: Workspace, queue: SpecQueue
+) -> None:
+    assert queue.waiting() == frozenset()
+    for name in (".hidden.yaml", "a.yaml.tmp", "notes.txt"):
+        (workspace.queue / name).write_text(text_of("a"))
+    path = workspace.queue / "a.yaml"
+    path.write_text(text_of("a"))
+    assert queue.waiting() == {f"a.yaml:{path.stat().st_mtime_ns}"}
+    os.utime(path, ns=(5, 5))
+    assert queue.waiting() == {"a.yaml:5:rested"}
+    (workspace.queue / "gone.yaml").symlink_to("nowhere")
+    assert len(queue.waiting()) == 2
+    queue.arrivals(LATER)
+    assert queue.waiting() == frozenset()
 
 
 def test_enqueue_validates_first_and_copies(workspace: Workspace, queue: SpecQueue, tmp_path: Path) -> None:

@@ -25,15 +25,6 @@ def test_create_makes_every_folder_once_more_without_harm(tmp_path: Path) -> Non
     assert not workspace.database.exists()
 
 
-def test_run_folders_keep_attempts_apart_and_share_checkpoints(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    first = workspace.run_folder("gpt", 7, kind="train", attempt=1, run_uuid="a" * 32)
-    second = workspace.run_folder("gpt", 7, kind="train", attempt=2, run_uuid="b" * 32)
-    assert first == tmp_path / "runs" / "gpt-7" / "train-1-aaaaaaaa"
-    assert first != second
-    assert workspace.checkpoints("gpt", 7).parent == first.parent
-
-
 def test_a_package_in_the_queue_is_refused_with_the_remedy(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     workspace.create()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +16,7 @@ from agent.domain.actions import (
     Kill,
     MarkPaused,
     Requeue,
+    Stop,
     Void,
 )
 from agent.domain.observations import LogPoint
@@ -61,7 +64,7 @@ class TestExits:
         ("code", "result", "words"),
         [
             (66, Result.FAILED_DIVERGED, "finite"),
-            (67, Result.FAILED_OOM, "micro_batch_tokens 262,144"),
+            (67, Result.FAILED_OOM, "micro_batch_tokens 32,768"),
             (2, Result.FAILED_CRASHED, "refused its input: no such shard"),
             (1, Result.FAILED_CRASHED, "exit code 1: no such shard"),
             (0, Result.FAILED_CRASHED, "no readable result.json"),
@@ -161,9 +164,9 @@ class TestExits:
         assert fruitless_attempts(trial(TrialState.RUNNING, *runs, paused)) == 2, "a pause is no failure"
 
     def test_a_launch_that_failed_is_tried_again_with_its_reason(self) -> None:
-        action = verdict(trial(TrialState.LAUNCHING, run(RunState.LOST, error="OSError: disk full", claimed=False)))
+        action = verdict(trial(TrialState.LAUNCHING, run(RunState.LOST, error="disk full", claimed=False)))
         assert isinstance(action, Requeue)
-        assert "never started" in action.reason
+        assert "the run could not be started" in action.reason
         assert "disk full" in action.reason
 
     @pytest.mark.parametrize("state", [RunState.INTENDED, RunState.RUNNING, RunState.STOPPING, RunState.UNKNOWN])
@@ -198,3 +201,72 @@ class TestDeadlines:
     def test_a_claimed_unseen_or_young_one_is_not(self, claimed: bool | None, age: float) -> None:
         view = run(RunState.INTENDED, claimed=claimed, intended_at=NOW - timedelta(seconds=age))
         assert isinstance(verdict(trial(TrialState.LAUNCHING, view)), Keep)
+
+    def test_an_unclaimed_run_that_was_out_of_sight_is_voided(self) -> None:
+        old = run(RunState.UNKNOWN, claimed=False, intended_at=NOW - timedelta(seconds=61))
+        assert isinstance(verdict(trial(TrialState.LAUNCHING, old)), Void)
+        seen = run(RunState.UNKNOWN, claimed=True, intended_at=NOW - timedelta(seconds=61))
+        assert isinstance(verdict(trial(TrialState.RUNNING, seen)), Keep)
+
+    def timed(self, age: float, **fields: Any) -> TrialView:
+        live = run(RunState.RUNNING, claimed=True, intended_at=NOW - timedelta(seconds=age), **fields)
+        return trial(TrialState.RUNNING, live, spec=TRAINER | {"timeout_seconds": 100})
+
+    def test_a_run_whose_runner_is_gone_still_obeys_its_timeout(self) -> None:
+        action = verdict(self.timed(161))
+        assert isinstance(action, Stop)
+        assert (action.cause, action.run_uuid) == (StopCause.TIMEOUT, "run-1")
+        assert "100 s" in action.reason
+
+    @pytest.mark.parametrize("age", [99, 159, -500])
+    def test_the_runner_has_its_grace_first(self, age: float) -> None:
+        assert isinstance(verdict(self.timed(age)), Keep)
+
+    def test_without_a_timeout_nothing_is_too_long(self) -> None:
+        live = run(RunState.RUNNING, claimed=True, intended_at=NOW - timedelta(days=9))
+        assert isinstance(verdict(trial(TrialState.RUNNING, live)), Keep)
+
+
+class TestInterruptions:
+    OVER = run(returncode=0, stop_cause=StopCause.INTERRUPTED)
+
+    @pytest.mark.parametrize(("resumable", "words"), [(True, "goes on from its last"), (False, "starts again")])
+    @pytest.mark.parametrize("code", [0, 1, 143, -15])
+    def test_a_command_told_to_end_by_the_machine_was_not_done(self, code: int, resumable: bool, words: str) -> None:
+        over = dataclasses.replace(self.OVER, returncode=code)
+        action = verdict(trial(TrialState.RUNNING, over, spec=COMMAND | {"resumable": resumable}))
+        assert isinstance(action, Requeue)
+        assert words in action.reason
+
+    def test_at_its_limit_it_was_done(self) -> None:
+        at_end = (LogPoint(step=1000, val_bpb=2.0),)
+        assert finished(trial(TrialState.RUNNING, self.OVER, spec=COMMAND, val_curve=at_end))[0] is Result.COMPLETED
+
+    def test_a_trainer_is_judged_as_ever(self) -> None:
+        again = dataclasses.replace(self.OVER, returncode=75)
+        assert isinstance(verdict(trial(TrialState.RUNNING, again)), Requeue)
+        assert finished(trial(TrialState.RUNNING, self.OVER))[0] is Result.FAILED_CRASHED
+        done = dataclasses.replace(self.OVER, has_result=True)
+        result, reason = finished(trial(TrialState.RUNNING, done))
+        assert result is Result.COMPLETED
+        assert "interrupted" not in reason
+
+    def test_reboots_do_not_use_up_the_attempts(self) -> None:
+        runs = [dataclasses.replace(self.OVER, attempt=i) for i in range(1, 6)]
+        assert isinstance(verdict(trial(TrialState.RUNNING, *runs, spec=COMMAND)), Requeue)
+
+
+class TestStarts:
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EAGAIN, errno.ENOMEM])
+    def test_what_the_machine_lacked_is_tried_again_and_not_for_ever(self, number: int) -> None:
+        runs = [run(returncode=None, error="No space left", errno=number, attempt=i) for i in (1, 2, 3)]
+        action = verdict(trial(TrialState.RUNNING, runs[0]))
+        assert isinstance(action, Requeue)
+        assert action.reason.startswith("the run could not be started: No space left")
+        assert finished(trial(TrialState.RUNNING, *runs))[0] is Result.FAILED_CRASHED
+
+    @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOEXEC, None])
+    def test_what_the_spec_got_wrong_is_final(self, number: int | None) -> None:
+        result, reason = finished(trial(TrialState.RUNNING, run(returncode=None, error="no such file", errno=number)))
+        assert result is Result.FAILED_CRASHED
+        assert reason == "the run could not be started: no such file"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.domain.actions import Assignment, Finish, Launch, Void, Wait
+from agent.domain.actions import Assignment, Finish, Keep, Kill, Launch, Stop, Void, Wait
 from agent.domain.observations import Devices
 from agent.domain.specs import Metric
-from agent.domain.trials import LIVE_TRIAL_STATES, Result, RunKind, RunState, TrialState
+from agent.domain.trials import LIVE_TRIAL_STATES, Result, RunKind, RunState, StopCause, TrialState
 from agent.domain.views import ArtifactView, RunView, TrialView
 from placement_views import NO_GPU, NOW, decided, done, gpu, launched, machine, only, run, trial, waits
 
@@ -44,6 +45,8 @@ class TestFollowUps:
             done(1, 2.0, model_path=None),
             done(1, 2.0, result=Result.PRUNED),
             done(1, 2.0, run(RunKind.EXPORT, RunState.EXITED), run(RunKind.EXPORT, RunState.LOST)),
+            done(1, 2.0, run(RunKind.EXPORT, RunState.EXITED), run(RunKind.EXPORT, RunState.LOST), given_up=True),
+            done(1, 2.0, replace(run(RunKind.EXPORT, RunState.EXITED), stop_cause=StopCause.USER)),
             done(1, 2.0, run(RunKind.EXPORT, RunState.UNKNOWN)),
             done(1, 2.0, artifact=artifact(), scores={Metric.RAW: 2.0, Metric.ARTIFACT: 2.01}),
         ],
@@ -96,6 +99,54 @@ class TestFollowUps:
         action = only(NO_GPU, done(1, 2.0, lost))
         assert isinstance(action, Void)
         assert action.run_uuid == "e1"
+
+    def unstarted(self, count: int, ended: datetime = NOW - timedelta(hours=1)) -> tuple[RunView, ...]:
+        lost = run(RunKind.EXPORT, RunState.LOST)
+        return (replace(lost, claimed=False, ended_at=ended, error="disk full"),) * count
+
+    @pytest.mark.parametrize("cause", [None, StopCause.INTERRUPTED])
+    def test_runs_that_never_began_or_were_interrupted_are_no_attempts(self, cause: StopCause | None) -> None:
+        runs = self.unstarted(4) if cause is None else (run(RunKind.EXPORT, RunState.EXITED),) * 4
+        action = only(NO_GPU, done(1, 2.0, *(replace(r, stop_cause=cause) for r in runs)))
+        assert isinstance(action, Launch)
+        assert action.numbers["attempt"] == 1
+
+    def test_a_start_that_failed_is_tried_again_later_each_time(self) -> None:
+        first = only(NO_GPU, done(1, 2.0, *self.unstarted(1, NOW)))
+        assert "export is tried again in 10 s: its last run could not be started: disk full" in waits(first)
+        third = only(NO_GPU, done(1, 2.0, *self.unstarted(3, NOW)))
+        assert "in 40 s" in waits(third)
+        assert isinstance(first, Wait)
+        assert isinstance(third, Wait)
+        assert (first.hopeless, third.hopeless) == (False, True)
+
+    def test_giving_up_is_said_once_with_its_reason(self) -> None:
+        failed = replace(run(RunKind.EXPORT, RunState.EXITED), returncode=1, last_lines=("no such tensor", ""))
+        action = only(NO_GPU, done(1, 2.0, failed, failed))
+        assert isinstance(action, Keep)
+        assert "given up after 2 attempts" in action.reason
+        assert "exit code 1: no such tensor" in action.reason
+        assert decided(NO_GPU, done(1, 2.0, failed, failed, given_up=True)) == ()
+
+    def live(self, seconds: float, **fields: Any) -> TrialView:
+        return done(1, 2.0, replace(run(RunKind.EXPORT), intended_at=NOW - timedelta(seconds=seconds), **fields))
+
+    def test_one_that_runs_too_long_is_stopped_and_then_killed(self) -> None:
+        assert decided(NO_GPU, self.live(3600)) == ()
+        action = only(NO_GPU, self.live(3601))
+        assert isinstance(action, Stop)
+        assert (action.cause, action.run_uuid) == (StopCause.TIMEOUT, "r")
+        told: dict[str, Any] = {"state": RunState.STOPPING, "stop_cause": StopCause.TIMEOUT}
+        assert decided(NO_GPU, self.live(3700, stop_asked_at=NOW, **told)) == ()
+        overdue = only(NO_GPU, self.live(3700, stop_asked_at=NOW - timedelta(seconds=61), **told))
+        assert isinstance(overdue, Kill)
+
+    def test_scoring_that_this_machine_can_never_do_is_hopeless(self) -> None:
+        small = only(machine(gpu(total=1)), done(1, 2.2, artifact=artifact()))
+        busy = only(machine(gpu(total=80, used=79.9)), done(1, 2.2, artifact=artifact()))
+        assert isinstance(small, Wait)
+        assert isinstance(busy, Wait)
+        assert (small.hopeless, busy.hopeless) == (True, False)
 
 
 @st.composite

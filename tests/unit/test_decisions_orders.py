@@ -19,7 +19,7 @@ from agent.domain.actions import (
     Wait,
 )
 from agent.domain.observations import CommandVerb, Devices
-from agent.domain.trials import Result, RunState, StopCause, TrialState
+from agent.domain.trials import Result, RunKind, RunState, StopCause, TrialState
 from agent.domain.views import LedgerView, PendingCommand, RunView
 from ending_views import COMMAND, MACHINE, NOW, decisions, run, trial
 
@@ -82,6 +82,16 @@ class TestCommands:
         found = decisions(trial(state, live), verb)
         assert isinstance(found.actions[0], Keep)
         assert found.command_outcomes[0][1] is done
+
+    @pytest.mark.parametrize("state", [RunState.RUNNING, RunState.STOPPING])
+    def test_stop_reaches_the_follow_up_of_a_finished_trial(self, state: RunState) -> None:
+        export = run(state, attempt=2, kind=RunKind.EXPORT, stop_asked_at=None if state is RunState.RUNNING else NOW)
+        view = trial(TrialState.FINISHED, run(), export, result=Result.COMPLETED)
+        found = decisions(view, CommandVerb.STOP)
+        assert found.command_outcomes[0][1] is True
+        stops = [(action.cause, action.run_uuid) for action in found.actions if isinstance(action, Stop)]
+        assert stops == ([(StopCause.USER, "run-2")] if state is RunState.RUNNING else [])
+        assert decisions(view, CommandVerb.PAUSE).command_outcomes[0][1] is False
 
     def test_resume_waits_until_the_checkpoint_is_written(self) -> None:
         found = decisions(trial(TrialState.PAUSING, run(RunState.STOPPING, stop_asked_at=NOW)), CommandVerb.RESUME)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from agent.decisions.budget_gate import size_of
-from agent.domain.actions import Assignment, Finish, Launch, Wait
+from agent.domain.actions import Action, Assignment, Finish, Launch, Wait
 from agent.domain.budget import BudgetVerdict
 from agent.domain.observations import DeviceProcess, Devices
 from agent.domain.trials import Result, RunKind, RunState, TrialState
-from placement_views import NO_GPU, command, decided, done, gpu, launched, machine, only, run, trial, waits
+from agent.domain.views import TrialView
+from placement_views import NO_GPU, NOW, command, decided, done, gpu, launched, machine, only, run, trial, waits
+
+
+def passed(trial_id: int, **spec: Any) -> TrialView:
+    """A queued command that has not waited for long."""
+    return dataclasses.replace(command(trial_id, **spec), state_since=NOW)
+
 
 SMALL = {"resources": {"vram_gb": 4}}
 
@@ -98,7 +107,7 @@ class TestPlacement:
 
     def test_a_blocked_one_is_passed_and_it_is_said(self) -> None:
         holder = trial(9, state=TrialState.RUNNING, runs=(run(slots=1),))
-        big, little = command(1, priority=9, resources={"cpus": 2}), command(2)
+        big, little = passed(1, priority=9, resources={"cpus": 2}), command(2)
         found = {action.trial_id: action for action in decided(NO_GPU, big, little, holder)}
         assert isinstance(found[1], Wait)
         assert isinstance(found[2], Launch)
@@ -111,6 +120,88 @@ class TestPlacement:
         assert "waits for t3 to finish" in waits(only(NO_GPU, late, two, three))
         failed = trial(3, state=TrialState.FINISHED, result=Result.FAILED_OOM)
         assert launched(only(NO_GPU, late, two, failed))
+
+
+class TestReservation:
+    """Two CPU slots, one of them taken: `big` wants both."""
+
+    HOLDER = trial(9, state=TrialState.RUNNING, runs=(run(slots=1),))
+
+    def verdicts(self, waited: float, little: TrialView | None = None) -> dict[int, Action]:
+        big = dataclasses.replace(command(1, resources={"cpus": 2}), state_since=NOW - timedelta(seconds=waited))
+        return {a.trial_id: a for a in decided(NO_GPU, big, little or command(2), self.HOLDER)}
+
+    def test_a_trial_that_waited_long_enough_is_passed_no_more(self) -> None:
+        assert isinstance(self.verdicts(3599)[2], Launch)
+        found = self.verdicts(3600)
+        assert "1 CPU slot(s) held for it, as it has waited for 1.0 h" in waits(found[1])
+        assert "1 held for t1@1337" in waits(found[2])
+
+    def test_higher_priority_still_goes_first(self) -> None:
+        assert isinstance(self.verdicts(9999, command(2, priority=1))[2], Launch)
+
+    def cards(self, *holders: TrialView, others: float = 0) -> dict[int, Action]:
+        big, little = command(1, resources={"gpus": 2, "vram_gb": 4}), command(2, resources={"vram_gb": 4})
+        cards = machine(gpu(0), gpu(1, used=others))
+        return {a.trial_id: a for a in decided(cards, big, little, *holders)}
+
+    def test_gpus_are_held_likewise(self) -> None:
+        found = self.cards(trial(9, state=TrialState.RUNNING, runs=(run(RunKind.TRAIN, RunState.RUNNING, 1),)))
+        assert "1 GPU(s) held for it" in waits(found[1])
+        assert "held for t1@1337" in waits(found[2])
+
+    def test_but_not_while_other_people_hold_the_rest(self) -> None:
+        assert launched(self.cards(others=15)[2]).gpu_uuids == ("GPU-0",)
+
+
+class TestHopeless:
+    def wait(self, devices: Devices, *trials: TrialView) -> Wait:
+        action = only(devices, *trials)
+        assert isinstance(action, Wait)
+        return action
+
+    @pytest.mark.parametrize(
+        ("devices", "view"),
+        [
+            (machine(gpu()), command(resources={"gpus": 2})),
+            (machine(gpu(total=12)), trial(spec={"resources": {"vram_gb": 20}})),
+            (NO_GPU, command(resources={"cpus": 3})),
+            (NO_GPU, trial(spec={"resources": {"gpus": 1}})),
+            (NO_GPU, command(after=["nobody"])),
+        ],
+    )
+    def test_what_this_machine_can_never_start(self, devices: Devices, view: TrialView) -> None:
+        assert self.wait(devices, view).hopeless
+
+    @pytest.mark.parametrize(
+        ("devices", "view"),
+        [
+            (machine(gpu(used=15)), trial(spec=SMALL)),
+            (machine(gpu(error="fell off the bus")), trial(spec=SMALL)),
+            (machine(gpu(total=12), gpu(1, total=80, error="sick")), trial(spec={"resources": {"vram_gb": 20}})),
+            (Devices(gpus=None, cpu_slots=4, note="?"), trial(spec=SMALL)),
+            (Devices(gpus=(), cpu_slots=1), command(after=["t3"])),
+        ],
+    )
+    def test_what_may_come_free_or_back(self, devices: Devices, view: TrialView) -> None:
+        assert not self.wait(devices, view, command(3)).hopeless
+
+    def test_circles_are_named(self) -> None:
+        one, two, three = command(1, after=["t2"]), command(2, after=["t3"]), command(3, after=["t1"])
+        wait = self.wait(NO_GPU, two, one, three)
+        assert wait.hopeless
+        assert "waits for itself: t2 after t3 after t1 after t2" in wait.reason
+
+    def test_hopelessness_spreads_along_after(self) -> None:
+        last, middle, first = command(1, after=["t2"]), command(2, after=["t3"]), command(3, after=["nobody"])
+        assert self.wait(NO_GPU, last, middle, first).hopeless
+        paused = trial(3, state=TrialState.PAUSED)
+        assert self.wait(NO_GPU, last, middle, paused).hopeless
+        assert not self.wait(NO_GPU, last, middle, command(3)).hopeless
+
+    def test_a_long_chain_is_no_circle(self) -> None:
+        chain = [command(i, after=[f"t{i + 1}"]) for i in range(1, 1500)]
+        assert not self.wait(NO_GPU, *chain, command(1500)).hopeless
 
 
 class TestBudgetGate:

@@ -181,10 +181,11 @@ class LocalExecutor:
 
     @staticmethod
     def _over(run_uuid: str, folder: RunFolder, record: ExitRecord | None, detail: str = "") -> RunProbe:
+        """What is left of a run that ended. Raises ProbeError if its result could not be looked at just now."""
         result = None
         try:
             result = folder.result_text()
-        except RunFileError as error:
+        except RunFileError as error:  # too large, not text: no later look will find a result there
             detail = f"{detail}; {error}" if detail else str(error)
         return RunProbe(
             run_uuid=run_uuid,

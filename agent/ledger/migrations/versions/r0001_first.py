@@ -24,13 +24,16 @@ HAS_VAL = sa.text("(val_loss IS NOT NULL OR val_bpb IS NOT NULL)")
 def upgrade() -> None:
     op.create_table(
         "commands",
-        sa.Column("id", NAME, nullable=False),
+        sa.Column("id", KEY, nullable=False),
+        sa.Column("command_id", NAME, nullable=False),
         sa.Column("verb", WORD, nullable=False),
         sa.Column("trial_id", sa.BigInteger(), nullable=False),
         sa.Column("state", WORD, nullable=False),
         sa.Column("outcome", sa.Text(), nullable=False),
         sa.Column("at", INSTANT, nullable=False),
+        sa.Column("settled_at", INSTANT, nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_commands"),
+        sa.UniqueConstraint("command_id", name="uq_commands_command_id"),
     )
     op.create_index("ix_commands_state", "commands", ["state"])
     op.create_table(
@@ -85,6 +88,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("state_since", INSTANT, nullable=False),
         sa.Column("suspect_step", sa.BigInteger(), nullable=True),
+        sa.Column("given_up", sa.Boolean(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_trials_experiment_id"),
         sa.PrimaryKeyConstraint("id", name="pk_trials"),
@@ -148,6 +152,7 @@ def upgrade() -> None:
         sa.Column("killed", sa.Boolean(), nullable=False),
         sa.Column("ended_at", INSTANT, nullable=True),
         sa.Column("error", sa.Text(), nullable=False),
+        sa.Column("errno", sa.Integer(), nullable=True),
         sa.Column("last_lines", sa.JSON(), nullable=False),
         sa.Column("claimed", sa.Boolean(), nullable=True),
         sa.Column("has_result", sa.Boolean(), nullable=False),
