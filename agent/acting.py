@@ -44,7 +44,7 @@ class Hands:
     def act(self, view: LedgerView, decisions: Decisions, at: datetime) -> Acted:
         """Do everything that was decided; what cannot be done is told, and keeps nothing else from being done."""
         errors: dict[int, str] = {}
-        renewed = self._renew_stops(view)
+        renewed = self._renew_stops(view, at)
         for position, action in enumerate(decisions.actions):
             if isinstance(action, Kill) and action.run_uuid in renewed:
                 continue  # it has only now been asked to stop: its grace begins here
@@ -56,7 +56,7 @@ class Hands:
                 errors[position] = _words(error)
         return Acted(errors=errors, outcomes=self._settle(view, decisions, errors, at))
 
-    def _renew_stops(self, view: LedgerView) -> frozenset[str]:
+    def _renew_stops(self, view: LedgerView, at: datetime) -> frozenset[str]:
         """Ask again where a stop was decided but its request never reached the run's folder, such as after a crash."""
         renewed = set()
         for trial in view.trials:
@@ -67,6 +67,7 @@ class Hands:
                     renewed.add(run.run_uuid)
                     try:
                         self._ask_to_stop(trial, run, run.stop_cause)
+                        self.ledger.stop_asked(run.run_uuid, at)
                     except (CaddieError, OSError):
                         log.exception("could not renew the stop of %s", run.directory)
         return frozenset(renewed)

@@ -105,6 +105,11 @@ class Ledger:
             self._forget(action.trial_id)
             transitions.apply(session, action, at)
 
+    def stop_asked(self, run_uuid: str, at: datetime) -> None:
+        """A stop that was decided before was only now asked of the run: its deadline counts from here."""
+        with self._transaction(f"the stop of run {run_uuid}") as session:
+            self._forget(transitions.stop_asked(session, run_uuid, at))
+
     def settle_command(self, command_id: str, *, done: bool, outcome: str, at: datetime) -> None:
         """Raises NotFoundError for a command that the ledger does not hold."""
         with self._transaction(f"command {command_id}") as session:

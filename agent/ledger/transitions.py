@@ -113,6 +113,14 @@ def launch_failed(session: Session, run_uuid: str, error: str, at: datetime) -> 
     return run.trial_id
 
 
+def stop_asked(session: Session, run_uuid: str, at: datetime) -> int:
+    """The request of a stop reached the run only now. Returns the trial's id."""
+    run = run_row(session, run_uuid)
+    move_run(run, RunEvent.STOP, at)
+    run.stop_asked_at = at
+    return run.trial_id
+
+
 def apply(session: Session, action: Action, at: datetime) -> None:  # noqa: PLR0912  # one branch per action
     """Store what an action changes, and the action itself as a decision."""
     trial = trial_row(session, action.trial_id)

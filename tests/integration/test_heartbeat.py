@@ -469,6 +469,23 @@ class TestFaultsOfTheLedger:
 
 
 class TestFaultsOfActing:
+    def test_a_stop_that_never_reached_its_run_is_asked_again_with_its_whole_grace(self, bench: Bench) -> None:
+        bench.sleeper("long", "grace_seconds: 5\n")
+        bench.until_running("long")
+        bench.heart.observer.inbox.send(CommandVerb.STOP, bench.trial("long").trial_id)
+        with broken(bench.executor, "request_stop", OSError(errno.ENOSPC, "no space left")):
+            bench.beat()  # decided and committed, and then as if the daemon had died
+        decided = bench.trial("long").runs[0]
+        assert decided.state is RunState.STOPPING
+        assert decided.stop_asked_at is not None
+        # Long past the deadline of the request that nobody heard: asked first, and not killed for it.
+        late = decided.stop_asked_at + timedelta(hours=1)
+        bench.heart.beat(late, 99)
+        assert bench.trial("long").runs[0].stop_asked_at == late
+        trial = bench.until_finished("long")
+        assert trial.result is Result.STOPPED
+        assert trial.runs[0].returncode == -15  # by TERM
+
     def test_below_the_disk_floor_nothing_starts_and_what_runs_runs_on(self, bench: Bench) -> None:
         bench.sleeper("long")
         bench.until_running("long")
