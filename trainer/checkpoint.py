@@ -73,7 +73,7 @@ class SavedModel:
             what = f"a vocabulary of {vocab_size}, the data in {dataset.path} one of {manifest.vocab_size}"
         elif self.tokenizer_sha256 != manifest.tokenizer.sha256:
             what = f"another tokenizer than the data in {dataset.path}"
-        elif self.val_sha256 != manifest.val_sha256:
+        elif not dataset.is_validation_set(self.val_sha256):
             what = f"another validation set than the data in {dataset.path}"
         else:
             return
@@ -99,6 +99,7 @@ class Checkpoint:
     optimizers: dict[str, Any]
     loader: dict[str, Any]
     rng: dict[str, Tensor]
+    data_wait_seconds: float = 0.0
 
 
 def save_model(path: Path, model: GPT, config: TrainConfig, *, tokenizer_sha256: str, val_sha256: str) -> None:

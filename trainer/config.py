@@ -22,6 +22,9 @@ WarmupSteps = Annotated[int, Field(ge=0, le=10**9)]
 BatchTokens = Annotated[int, Field(gt=0, le=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+DataOrder = Literal["shuffled", "sequential", "documents"]
+LossWeighting = Literal["tokens", "bpb", "bytes"]
+
 _DEFAULT_MICRO_TOKENS = 65536
 
 
@@ -189,6 +192,29 @@ class QatConfig(_Section):
     start_fraction: Fraction = Field(default=0.85, description="Share of the run after which it is switched on.")
 
 
+class DataConfig(_Section):
+    """In which order the training tokens come, and how far ahead of the loop they are read."""
+
+    order: DataOrder = Field(
+        default="shuffled",
+        description="shuffled: windows of the stream, permuted anew each epoch. sequential: windows as they stand. "
+        "documents: whole documents, shuffled anew each epoch and packed into windows so that few are cut.",
+    )
+    prefetch_batches: int = Field(
+        default=2, ge=0, le=64, description="Micro-batches that a thread reads ahead; 0: read when they are asked for."
+    )
+
+
+class LossConfig(_Section):
+    """What training minimises, see `trainer.loss_weighting`."""
+
+    weighting: LossWeighting = Field(
+        default="tokens",
+        description="tokens: mean nats per token, the gradient of bits per byte over the whole data. bpb: each "
+        "micro-batch's own nats per byte. bytes: a token's nats weighted by its bytes, which is not bits per byte.",
+    )
+
+
 class EvaluationConfig(_Section):
     """When to validate on the way (the end of a run is always validated), and how much at once."""
 
@@ -213,6 +239,8 @@ class TrainerSettings(_Section):
 
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     qat: QatConfig = QatConfig()

@@ -35,8 +35,10 @@ def replacing(path: Path, check: Callable[[Path], None] | None = None) -> Iterat
         os.umask(mask)
         aside.chmod(0o666 & ~mask)
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk names no file of its own accord
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -1,17 +1,21 @@
 """Bits per byte on the validation stream: every token scored once, sums in float64.
 
-`bpb = (sum of nats / ln 2) / sum of bytes`. The stream is cut into windows of `seq_len` that do not overlap; the
-last one is padded and masked, so that no tail is dropped. Only the stream's very first token, which has nothing
-before it, is not scored. BOS targets count in the loss and stand for no bytes.
+`bpb = (sum of nats / ln 2) / sum of bytes`. A plan (`trainer.evaluation_windows`) says which windows are run and
+which of their positions count; only the stream's very first token, which has nothing before it, is not scored. BOS
+targets count in the loss and stand for no bytes.
+
+The tokens lie on the device once (int32), and batches are cut out of them by index arithmetic: nothing is copied
+from the host and nothing waits for the device until the last batch is through.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,8 +23,14 @@ from trainer.data.byte_table import ByteTable
 from trainer.data.manifest import DataSet, DataSetError
 from trainer.data.shards import Tokens, check_tokens, open_shard
 from trainer.errors import InputError
+from trainer.evaluation_windows import WindowPlan, plain
+from trainer.ranks import ALONE, Ranks
 
-TokenLosses = Callable[[Tensor, Tensor], Tensor]
+# Tokens whose bytes are counted in one go, in int64 arrays of some 40 MB.
+_CHUNK_TOKENS = 1_000_000
+
+TokenLosses = Callable[[Tensor, Tensor, int], Tensor]
+"""(inputs, targets, scored), `(rows, time)` int64 twice -> nats `(rows, scored)` of the last `scored` positions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,70 +45,202 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationStream:
-    """The validation shards as one stream `(count,)` of tokens, and the bytes of all of them but the first.
+    """The validation shards as one stream `(positions + 1,)` of tokens, and the bytes of all of them but the first.
 
-    Counting bytes reads the whole stream; a run that validates often loads it once.
+    `target_bytes` `(positions,)` has the bytes of each scored token; `bytes` is their sum. Counting bytes reads the
+    whole stream; a run that validates often loads it once.
     """
 
     tokens: Tokens
     bytes: int
+    target_bytes: npt.NDArray[np.uint16]
+
+    @property
+    def positions(self) -> int:
+        """How many tokens are scored."""
+        return int(self.tokens.size) - 1
 
     @classmethod
     def load(cls, dataset: DataSet) -> ValidationStream:
-        """Raises DataSetError, ShardError or InputError for bad data."""
-        shards = []
-        for path in dataset.val_shards:
-            shard = open_shard(path)
-            check_tokens(path, shard, dataset.manifest.vocab_size)
-            shards.append(shard)
-        stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
-        counted = int(ByteTable.load(dataset.tokenizer_path).count(stream[:-1], stream[1:]).sum())
-        scored, manifest = stream.size - 1, dataset.manifest
-        if (scored, counted) != (manifest.val_tokens, manifest.val_bytes):
+        """Bytes by the tokenizer's table, or by the byte sidecars where case folding changed lengths.
+
+        Raises DataSetError, ShardError or InputError for bad data.
+        """
+        manifest = dataset.manifest
+        stream = _stream(dataset)
+        if stream.size < 2:
+            raise DataSetError(f"{dataset.path}: a validation stream of {stream.size} tokens leaves nothing to score")
+        if manifest.case_folding:
+            sidecar = _joined([open_shard(path) for path in dataset.val_original_bytes])
+            if sidecar.size != stream.size:
+                raise DataSetError(
+                    f"{dataset.path}: the validation shards have {stream.size} tokens, their byte sidecars "
+                    f"{sidecar.size}; prepare the data set again"
+                )
+            counted = sidecar[1:]
+        else:
+            counted = _table_bytes(ByteTable.load(dataset.tokenizer_path), stream)
+        scored, total = stream.size - 1, int(counted.sum(dtype=np.int64))
+        if (scored, total) != (manifest.val_tokens, manifest.val_bytes):
             raise DataSetError(
-                f"{dataset.path}: the validation stream has {scored} tokens for {counted} bytes, the manifest says "
+                f"{dataset.path}: the validation stream has {scored} tokens for {total} bytes, the manifest says "
                 f"{manifest.val_tokens} for {manifest.val_bytes}; prepare the data set again"
             )
-        return cls(tokens=stream, bytes=counted)
+        return cls(tokens=stream, bytes=total, target_bytes=counted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch:
+    """A batch after it was scored; tensors on the device, `(rows, time)` what was run, `(rows, scored)` what came out.
+
+    `positions` says where in the stream each loss belongs. A position counts where `valid` is true; all else is
+    padding, or was scored by the window before. `number` counts from 0 to `batches - 1`.
+    """
+
+    number: int
+    batches: int
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor
+    valid: Tensor
+    losses: Tensor
+
+
+OnScored = Callable[[ScoredBatch], None]
+
+
+def score(
+    plan: WindowPlan,
+    token_losses: TokenLosses,
+    validation: ValidationStream,
+    *,
+    batch_tokens: int,
+    device: torch.device | str,
+    on_scored: Sequence[OnScored] = (),
+    ranks: Ranks = ALONE,
+) -> Score:
+    """Score the stream by the plan's windows, this process's share of them, and add up over all processes.
+
+    Each group of the plan is run in batches of one shape, `(rows, plan.context)` with as many rows as
+    `batch_tokens` allows (one at least, and no more than the group has), so that a compiled model is compiled once
+    a group; the last batch is filled up with windows of which nothing counts.
+
+    `on_scored` is called after each batch, outside of `no_grad`. The contract, for whoever changes the model while
+    it is scored (test-time training): batches come in stream order; a batch's losses are final when it is handed
+    over and are never taken again; so the model may be changed then, on that batch's tokens and earlier ones, and
+    never before. A window of the next batch sees tokens of this one again, as context only.
+
+    Raises InputError if the loss is not finite, ValueError if the plan is not one of this stream.
+    """
+    if plan.scored != validation.positions:
+        raise ValueError(f"the plan scores {plan.scored} positions of a stream that has {validation.positions}")
+    own = plan.share(ranks.rank, ranks.world_size)
+    # Not inference mode: what a model caches in there could not be trained with afterwards.
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in _scored_batches(own, token_losses, validation.tokens, batch_tokens, device):
+        nats += torch.where(batch.valid, batch.losses, 0.0).sum(dtype=torch.float64)
+        for observe in on_scored:
+            observe(batch)
+    (total_nats,) = ranks.sum_float64([float(nats)])
+    if not math.isfinite(total_nats):
+        raise InputError(f"the validation loss is {total_nats}: the weights are not usable")
+    return Score(
+        loss=total_nats / validation.positions,
+        bpb=total_nats / math.log(2) / validation.bytes,
+        tokens=validation.positions,
+        bytes=validation.bytes,
+    )
 
 
 def evaluate(
-    token_losses: TokenLosses,
+    token_losses: Callable[[Tensor, Tensor], Tensor],
     validation: ValidationStream,
     *,
     seq_len: int,
     batch_tokens: int,
     device: torch.device | str,
 ) -> Score:
-    """Score the validation stream with `token_losses(inputs, targets)`: `(batch, time)` int64, to nats of that shape.
+    """The plain score, with `token_losses(inputs, targets)`: `(batch, time)` int64, to nats of that shape.
 
-    Every call has the same shape, `(max(1, batch_tokens // seq_len), seq_len)` (fewer rows if the whole stream
-    needs fewer), so that a compiled model is compiled once. Raises InputError if a loss is not finite.
+    Every call has the same shape, `(max(1, batch_tokens // seq_len), seq_len)`, or less if the whole stream needs
+    less. Raises InputError if a loss is not finite.
     """
-    stream = validation.tokens
-    scored = stream.size - 1
-    windows = -(-scored // seq_len)
-    rows = min(max(1, batch_tokens // seq_len), windows)
-    per_call = rows * seq_len
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    with torch.no_grad():  # not inference mode: what a model caches in there could not be trained with afterwards
-        for start in range(0, scored, per_call):
-            count = min(per_call, scored - start)
-            inputs, targets = (np.zeros(per_call, dtype=np.int64) for _ in range(2))
-            inputs[:count] = stream[start : start + count]
-            targets[:count] = stream[start + 1 : start + 1 + count]
-            losses = token_losses(
-                torch.from_numpy(inputs).view(rows, seq_len).to(device),
-                torch.from_numpy(targets).view(rows, seq_len).to(device),
+
+    def all_positions(inputs: Tensor, targets: Tensor, scored: int) -> Tensor:
+        assert scored == inputs.shape[1]  # noqa: S101 - plain windows score all they run
+        return token_losses(inputs, targets)
+
+    plan = plain(validation.positions, seq_len=seq_len)
+    return score(plan, all_positions, validation, batch_tokens=batch_tokens, device=device)
+
+
+def batch_rows(plan: WindowPlan, batch_tokens: int) -> int:
+    """Windows in a batch of a group: as many as fit into `batch_tokens`, one at least, all of the group at most."""
+    return min(max(1, batch_tokens // plan.context), len(plan))
+
+
+def _scored_batches(
+    plan: WindowPlan, token_losses: TokenLosses, tokens: Tokens, batch_tokens: int, device: torch.device | str
+) -> Iterator[ScoredBatch]:
+    groups = [(needed, group, batch_rows(group, batch_tokens)) for needed, group in plan.groups()]
+    batches = sum(-(-len(group) // rows) for _, group, rows in groups)
+    stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
+    number = 0
+    for needed, group, rows in groups:
+        columns = torch.arange(group.context, device=device)
+        starts, score_froms, ends = (
+            torch.from_numpy(array).to(device).view(-1, rows, 1) for array in _filled_up(group, rows)
+        )
+        for start, score_from, end in zip(starts, score_froms, ends, strict=True):
+            at = start + columns
+            # A short window is padded after its end, where causal attention keeps its tokens from looking.
+            inputs = stream[at.clamp(max=stream.numel() - 1)].long()
+            targets = stream[(at + 1).clamp(max=stream.numel() - 1)].long()
+            with torch.no_grad():
+                losses = token_losses(inputs, targets, needed)
+            positions = at[:, group.context - needed :]
+            yield ScoredBatch(
+                number=number,
+                batches=batches,
+                inputs=inputs,
+                targets=targets,
+                positions=positions,
+                valid=(positions >= score_from) & (positions < end),
+                losses=losses.detach(),
             )
-            # The padding lies after the last scored token, which causal attention keeps from seeing it.
-            nats += losses.reshape(-1)[:count].sum(dtype=torch.float64)
-    total_nats = float(nats)
-    if not math.isfinite(total_nats):
-        raise InputError(f"the validation loss is {total_nats}: the weights are not usable")
-    return Score(
-        loss=total_nats / scored,
-        bpb=total_nats / math.log(2) / validation.bytes,
-        tokens=scored,
-        bytes=validation.bytes,
+            number += 1
+
+
+def _filled_up(plan: WindowPlan, rows: int) -> Iterable[npt.NDArray[np.int64]]:
+    """Starts, first scored positions and ends, filled up to whole batches by the last window, of which no more is
+    scored."""
+    missing = -len(plan) % rows
+    return (
+        np.append(plan.starts, np.repeat(plan.starts[-1:], missing)),
+        np.append(plan.score_froms, np.repeat(plan.ends[-1:], missing)),
+        np.append(plan.ends, np.repeat(plan.ends[-1:], missing)),
     )
+
+
+def _stream(dataset: DataSet) -> Tokens:
+    shards = []
+    for path in dataset.val_shards:
+        shard = open_shard(path)
+        check_tokens(path, shard, dataset.manifest.vocab_size)
+        shards.append(shard)
+    return _joined(shards)
+
+
+def _joined(shards: Sequence[Tokens]) -> Tokens:
+    """One array; a single shard stays on the disk."""
+    if not shards:
+        return np.zeros(0, dtype=np.uint16)
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def _table_bytes(table: ByteTable, stream: Tokens) -> npt.NDArray[np.uint16]:
+    counted = np.empty(stream.size - 1, dtype=np.uint16)
+    for start in range(0, counted.size, _CHUNK_TOKENS):
+        chunk = stream[start : start + _CHUNK_TOKENS + 1]
+        counted[start : start + _CHUNK_TOKENS] = table.count(chunk[:-1], chunk[1:])
+    return counted

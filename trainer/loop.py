@@ -82,11 +82,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _require_same_data(checkpoint: Checkpoint, dataset: DataSet) -> None:
-    for kind, was, now in (
-        ("validation", checkpoint.val_sha256, dataset.manifest.val_sha256),
-        ("training", checkpoint.train_sha256, dataset.manifest.train_sha256),
+    for kind, same in (
+        ("validation", dataset.is_validation_set(checkpoint.val_sha256)),
+        ("training", checkpoint.train_sha256 == dataset.manifest.train_sha256),
     ):
-        if was != now:
+        if not same:
             raise InputError(
                 f"the checkpoint of step {checkpoint.step} was made on other {kind} data than {dataset.path} has; "
                 "resume with the data it began with"

@@ -62,16 +62,21 @@ class Header(_Value):
 
 
 class TrainPoint(_Value):
-    """A training loss. `step` counts finished steps; `elapsed_seconds` is the training clock."""
+    """A training loss, nats per token. `step` counts finished steps; `elapsed_seconds` is the training clock.
+
+    `data_wait_share` is the share of that clock, since the line before, for which the loop waited for data.
+    """
 
     step: int
     planned_steps: int
     train_loss: float
     elapsed_seconds: float
     tokens_per_second: float | None = None
+    data_wait_share: float | None = None
 
     def line(self) -> str:
         tail = "" if self.tokens_per_second is None else f" tok/s:{self.tokens_per_second:.0f}"
+        tail += "" if self.data_wait_share is None else f" data:{100 * self.data_wait_share:.2f}%"
         return (
             f"step:{self.step}/{self.planned_steps} train_loss:{self.train_loss:.4f} "
             f"{_clock(self.step, self.elapsed_seconds)}{tail}"
@@ -95,7 +100,7 @@ class ValPoint(_Value):
 
 
 EventKind = Literal[
-    "stopping_early", "layer_loop", "late_qat", "checkpoint", "diverged", "interrupted", "out_of_memory"
+    "stopping_early", "layer_loop", "late_qat", "epoch", "checkpoint", "diverged", "interrupted", "out_of_memory"
 ]
 
 
@@ -133,11 +138,11 @@ _NUM = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
 _COUNT = r"(\d{1,18})"
 _TRAIN = re.compile(
     rf"step:{_COUNT}/{_COUNT} train_loss:{_NUM} train_time:{_COUNT}ms step_avg:(?:[\d.]+|nan)ms"
-    rf"(?: tok/s:{_COUNT})?\s*$"
+    rf"(?: tok/s:{_COUNT})?(?: data:(\d{{1,9}}\.\d\d)%)?\s*$"
 )
 _VAL = re.compile(rf"step:{_COUNT}/{_COUNT} val_loss:{_NUM} val_bpb:{_NUM} train_time:{_COUNT}ms")
 _EVENT = re.compile(
-    r"(stopping_early|layer_loop|late_qat|checkpoint|diverged|interrupted|out_of_memory):"
+    r"(stopping_early|layer_loop|late_qat|epoch|checkpoint|diverged|interrupted|out_of_memory):"
     rf"(.*?) ?step:{_COUNT}(?:/{_COUNT})?(?:\s|$)"
 )
 
@@ -151,13 +156,14 @@ def parse_line(line: str) -> Line | None:
             return None
     if line.startswith("step:"):
         if match := _TRAIN.match(line):
-            step, planned, loss, milliseconds, rate = match.groups()
+            step, planned, loss, milliseconds, rate, waited = match.groups()
             return TrainPoint(
                 step=int(step),
                 planned_steps=int(planned),
                 train_loss=float(loss),
                 elapsed_seconds=int(milliseconds) / 1000,
                 tokens_per_second=float(rate) if rate else None,
+                data_wait_share=round(float(waited) / 100, 4) if waited else None,
             )
         if match := _VAL.match(line):
             step, planned, loss, bpb, milliseconds = match.groups()
@@ -212,6 +218,12 @@ class TrainResult(_Value):
     params: int
     model_path: str
     model_sha256: str
+    epochs: float | None = Field(
+        default=None, description="Windows trained on over those of the training data; None in older files."
+    )
+    data_wait_share: float | None = Field(
+        default=None, description="Share of the training clock for which the loop waited for data; None in older files."
+    )
 
 
 class ExportResult(_Value):
@@ -246,6 +258,14 @@ class EvaluateResult(_Value):
     compute_dtype: str | None = Field(
         default=None, description="Of the matrix products, such as bfloat16, which moves a score a little."
     )
+    metric: Literal["plain", "sliding"] = Field(
+        default="plain", description="Windows side by side, or sliding ones: two numbers that are never compared."
+    )
+    context: int | None = Field(default=None, description="Tokens of a window; None in older files.")
+    stride: int | None = Field(default=None, description="Of sliding windows.")
+    world_size: int = Field(default=1, description="Processes that shared the windows.")
+    scoring_seconds: float | None = Field(default=None, description="Of the pass itself: not loading, not compiling.")
+    peak_memory_bytes: int | None = Field(default=None, description="CUDA memory at most, of this process.")
 
 
 Result = TrainResult | ExportResult | EvaluateResult

@@ -23,6 +23,7 @@ INFERENCE_MODULES = (
     "trainer.durable",
     "trainer.errors",
     "trainer.evaluation",
+    "trainer.evaluation_windows",
     "trainer.model",
     "trainer.model.attention",
     "trainer.model.blocks",
@@ -34,6 +35,7 @@ INFERENCE_MODULES = (
     "trainer.quantization.coding",
     "trainer.quantization.fake_quant",
     "trainer.quantization.rounding",
+    "trainer.ranks",
     "trainer.sizing",
 )
 """What decoding and scoring an artifact imports of this package; their source counts as the artifact's code."""

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from trainer import sizing
+from trainer.batch_feed import BatchFeed, open_loader
 from trainer.checkpoint import Checkpoint, save_checkpoint, save_model
 from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
-from trainer.data.loader import TokenLoader
 from trainer.data.manifest import DataSet
 from trainer.divergence import DivergedError, DivergenceWatch
 from trainer.durable import sha256_of, write_whole
 from trainer.evaluation import Score, ValidationStream, evaluate
 from trainer.interruption import StopAskedError, StopRequest
+from trainer.loss_weighting import byte_weighting
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
 from trainer.report import (
@@ -60,26 +61,21 @@ class TrainingRun:
         torch.manual_seed(config.seed)
         self._model = GPT(config.model, config.export).to(device)
         compiled = device.type == "cuda" if config.compile is None else config.compile
-        self._passes = build_passes(self._model, compiled=compiled)
+        self._loader = open_loader(config, dataset, device)
+        weighting = byte_weighting(config.loss, self._model, dataset)
+        self._passes = build_passes(self._model, compiled=compiled, weighting=weighting)
         self._optimizers = Optimizers(self._model, config.optimizer, self._passes.iteration)
-        micro_tokens = config.batch.micro_tokens
-        self._micro_batches = config.batch.train_batch_tokens // micro_tokens
-        self._loader = TokenLoader(
-            dataset.train_shards,
-            micro_tokens,
-            config.batch.train_seq_len,
-            seed=config.seed,
-            device=device,
-            vocab_size=config.model.vocab_size,
-        )
+        self._micro_batches = config.batch.train_batch_tokens // config.batch.micro_tokens
         self._validation = ValidationStream.load(dataset)
         self.evaluating = False
         self.step, self._tokens, self._wall_before = 0, 0, 0.0
         # Fractions of `every_fraction` that are behind, and whether a validation that was due is still owed.
         self._evaluations_due, self._evaluation_pending = 0, False
-        self._clock = TrainingClock(device)
+        self._clock = TrainingClock(device, checkpoint.training_seconds if checkpoint else 0.0)
         if checkpoint is not None:
             self._restore(checkpoint)
+        waited = checkpoint.data_wait_seconds if checkpoint else 0.0
+        self._feed = BatchFeed(self._loader, self._clock, waited_seconds=waited)
         self._resumed_step = self.step
         self._checkpointed = time.monotonic()
         self._logged = (self._tokens, self._clock.seconds)
@@ -87,6 +83,10 @@ class TrainingRun:
 
     def run(self) -> ExitCode:
         self._reporter.say(self._header())
+        with self._loader:
+            return self._run()
+
+    def _run(self) -> ExitCode:
         try:
             if self._passes.compiled or self._device.type == "cuda":
                 warm_up(self._model, self._passes, self._config, self._device, self._stop)
@@ -155,12 +155,13 @@ class TrainingRun:
             self._reporter.say(Event(kind="late_qat", step=self.step, detail=f"enabled max_error:{error:.3g}"))
 
     def _train_step(self, done: float) -> Tensor:
-        """One optimiser step; the mean loss, still on the device."""
+        """One optimiser step; the mean nats per token whatever is minimised, still on the device."""
         total = torch.zeros((), device=self._device)
         for _ in range(self._micro_batches):
-            loss = self._passes.loss(*self._loader.next_batch()) / self._micro_batches
-            torch.autograd.backward(loss)
-            total += loss.detach()
+            batch = self._feed.next_batch()
+            loss, nats = self._passes.loss(batch.inputs, batch.targets)
+            torch.autograd.backward(loss / self._micro_batches)
+            total += nats / self._micro_batches
         self._optimizers.step(self.step, lr_multiplier(done, self.step, self._config.schedule))
         self.step += 1
         self._tokens += self._config.batch.train_batch_tokens
@@ -169,6 +170,8 @@ class TrainingRun:
         return total
 
     def _report(self, loss: Tensor) -> None:
+        if (epoch := self._feed.new_epoch(self.step)) is not None:
+            self._reporter.say(epoch)
         due = self.step <= _ALWAYS_LOGGED_STEPS or self.step % self._config.log_every_steps == 0
         if due:
             value = float(loss)  # waits for this step, so the clock below is exact
@@ -183,6 +186,7 @@ class TrainingRun:
                     train_loss=value,
                     elapsed_seconds=seconds,
                     tokens_per_second=rate,
+                    data_wait_share=self._feed.new_wait_share(),
                 )
             )
         if due or self._device.type == "cpu":
@@ -274,6 +278,7 @@ class TrainingRun:
                     optimizers=self._optimizers.state_dict(),
                     loader=self._loader.state_dict(),
                     rng=rng,
+                    data_wait_seconds=self._feed.waited_seconds,
                 ),
             )
         self._checkpointed = time.monotonic()
@@ -291,7 +296,6 @@ class TrainingRun:
         self.step, self._tokens = checkpoint.step, checkpoint.tokens
         self._wall_before = checkpoint.wall_seconds
         self._evaluations_due, self._evaluation_pending = checkpoint.evaluations_due, checkpoint.evaluation_pending
-        self._clock = TrainingClock(self._device, checkpoint.training_seconds)
 
     def _wall_seconds(self) -> float:
         return self._wall_before + time.monotonic() - self._began
@@ -336,5 +340,7 @@ class TrainingRun:
             params=sizing.parameter_count(self._config.model),
             model_path=str(path),
             model_sha256=sha256_of(path),
+            epochs=self._loader.epochs,
+            data_wait_share=self._feed.wait_share(),
         )
         write_whole(self._out / RESULT_NAME, result_json(result).encode("utf-8"))

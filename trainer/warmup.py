@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
 from trainer.interruption import StopRequest
+from trainer.loss_weighting import ByteWeightedLoss
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers, Orthogonalize, orthogonalize
 
@@ -25,28 +27,50 @@ _WARMUP_STD = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
-    """What the loop calls: the same functions, compiled or not."""
+    """What the loop calls: the same functions, compiled or not.
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    `loss` takes inputs and targets, contiguous (batch, time) int64 (a graph is bound to its strides), and returns
+    what training minimises and the mean nats per token, without gradients; each 0-d.
+    """
+
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     token_losses: Callable[[Tensor, Tensor], Tensor]
     iteration: Orthogonalize
     compiled: bool
 
 
-def build_passes(model: GPT, *, compiled: bool, backend: str = "inductor") -> Passes:
-    """Static shapes and whole graphs, or plain functions."""
+def build_passes(
+    model: GPT, *, compiled: bool, weighting: ByteWeightedLoss | None = None, backend: str = "inductor"
+) -> Passes:
+    """Static shapes and whole graphs, or plain functions. Without a `weighting` the loss is the mean over tokens."""
     if not compiled:
-        return Passes(loss=model.forward, token_losses=model.token_losses, iteration=orthogonalize, compiled=False)
+        return Passes(
+            loss=weighting or _with_itself(model.forward),
+            token_losses=model.token_losses,
+            iteration=orthogonalize,
+            compiled=False,
+        )
     # The default of 8 graphs a function is fewer than the switches need, and a full-graph function past it is an error.
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     if backend == "inductor":
         _round_divisions()
+    compiling = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     return Passes(
-        loss=torch.compile(model.forward, dynamic=False, fullgraph=True, backend=backend),
-        token_losses=torch.compile(model.token_losses, dynamic=False, fullgraph=True, backend=backend),
-        iteration=torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=backend),
+        loss=compiling(weighting.forward) if weighting else _with_itself(compiling(model.forward)),
+        token_losses=compiling(model.token_losses),
+        iteration=compiling(orthogonalize),
         compiled=True,
     )
+
+
+def _with_itself(mean_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The mean nats per token are what training minimises."""
+
+    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        nats = mean_loss(inputs, targets)
+        return nats, nats.detach()
+
+    return loss
 
 
 def _round_divisions() -> None:
@@ -85,6 +109,7 @@ def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.devic
 
     shape = (config.batch.micro_tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
     window = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
+    inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
     losses: dict[tuple[bool, bool], float] = {}
     for loop, qat in reachable_switches(config):
         if loop < kept_switches[0] or qat < kept_switches[1]:
@@ -92,14 +117,14 @@ def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.devic
         model.set_recurrence(loop)
         model.set_fake_quant(qat)
         with stop.explains_errors():
-            loss = passes.loss(window[:, :-1], window[:, 1:])
+            loss, _ = passes.loss(inputs, targets)
             torch.autograd.backward(loss)
         losses[loop, qat] = float(loss.detach())
         if qat:
             if (loop, False) not in losses:
                 model.set_fake_quant(False)
                 with stop.explains_errors():
-                    losses[loop, False] = float(passes.loss(window[:, :-1], window[:, 1:]).detach())
+                    losses[loop, False] = float(passes.loss(inputs, targets)[0].detach())
             if losses[loop, False] == losses[loop, qat]:
                 raise RuntimeError("fake quantisation does not change the loss: the switch has no effect in this build")
     with stop.explains_errors():

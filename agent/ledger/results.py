@@ -88,9 +88,15 @@ def _score(
             f"{run.directory}/result.json was scored on validation set {result.val_sha256[:12]}, but trial {trial.id} "
             f"belongs to track {track.key}; no score was stored. Was the data set changed after the spec was enqueued?"
         )
-    metric = Metric.RAW if isinstance(result, TrainResult) else Metric.ARTIFACT
-    add_score(session, trial, metric, run_id=run.id, bpb=result.val_bpb, loss=result.val_loss, at=at)
+    add_score(session, trial, _final(result), run_id=run.id, bpb=result.val_bpb, loss=result.val_loss, at=at)
     return None
+
+
+def _final(result: TrainResult | EvaluateResult) -> Metric:
+    """Which of the four finals a score is. A sliding score is never taken for the plain one of the artifact."""
+    if isinstance(result, TrainResult):
+        return Metric.RAW
+    return Metric.SLIDING if result.metric == "sliding" else Metric.ARTIFACT
 
 
 def in_workspace(directory: str, path: str) -> str:

@@ -136,7 +136,7 @@ def export_result(sha256: str = "a1", artifact_bytes: int = 15_000_000) -> str:
     )
 
 
-def evaluate_result(bpb: float = 1.51, sha256: str = "a1", kind: str = "artifact") -> str:
+def evaluate_result(bpb: float = 1.51, sha256: str = "a1", kind: str = "artifact", **more: Any) -> str:
     return result_json(
         EvaluateResult.model_validate(
             {
@@ -149,6 +149,7 @@ def evaluate_result(bpb: float = 1.51, sha256: str = "a1", kind: str = "artifact
                 "val_tokens": 1000,
                 "val_bytes": 2000,
                 "wall_seconds": 1,
+                **more,
             }
         )
     )
@@ -481,6 +482,18 @@ def test_a_score_of_other_bytes_than_the_artifacts_is_a_problem(world: World, te
     world.launch(1, "e1", RunKind.EVALUATE)
     assert world.exit("e1", result=text).problems
     assert Metric.ARTIFACT not in world.trial().scores
+
+
+def test_a_sliding_score_is_a_final_of_its_own(world: World) -> None:
+    world.enqueue(spec())
+    world.complete(1, 1.5)
+    world.export(1)
+    world.launch(1, "e1", RunKind.EVALUATE)
+    assert not world.exit("e1", result=evaluate_result(1.4, metric="sliding", context=1024, stride=64)).problems
+    assert world.trial().scores == {Metric.RAW: 1.5, Metric.SLIDING: 1.4}
+    (board,) = world.reader().best()
+    assert board.metric is Metric.RAW  # the artifact has no score yet
+    assert (board.rows[0].artifact_bpb, board.rows[0].sliding_bpb) == (None, 1.4)
 
 
 def test_a_run_that_vanished_after_its_result_keeps_it(world: World) -> None:

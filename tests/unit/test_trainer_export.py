@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from trainer.checkpoint import CheckpointError, save_model
 from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
-from trainer.data.verbs import prepare
+from trainer.data.prepare import prepare
+from trainer.data.splitting import SeededBytes
 from trainer.export import ExportError, export, prove
 from trainer.model.gpt import GPT
 from trainer.sizing import code_bytes, inference_files, parameter_count, predict_artifact
@@ -29,7 +31,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     rng = np.random.default_rng(0)
     words = ["the", "cat", "sat", "on", "it", "for", "a", "dog"]
     write_documents(folder / "a.jsonl", (Document(text=" ".join(rng.choice(words, 30)) + f" {i}") for i in range(80)))
-    return prepare([folder / "a.jsonl"], folder / "data", vocab_size=VOCAB, val_bytes=900, seed=1)
+    rule = SeededBytes(val_bytes=900, seed=1)
+    return prepare([folder / "a.jsonl"], folder / "data", vocab_size=VOCAB, rule=rule).dataset
 
 
 def _model(vocab_size: int = VOCAB, clip: float | None = None) -> tuple[GPT, TrainConfig]:
@@ -93,6 +96,13 @@ def test_other_data_than_that_of_the_training_is_refused(
         export(tmp_path / "model.pt", dataset, tmp_path)
     assert (tmp_path / "result.json").exists()
     assert not (tmp_path / "model.caddie").exists()
+
+
+def test_a_model_that_names_its_validation_set_as_older_versions_did_is_taken(dataset: DataSet, tmp_path: Path) -> None:
+    """They hashed the bytes of the validation shards, one after the other; the shards are the same still."""
+    shards = b"".join(path.read_bytes() for path in dataset.val_shards)
+    _save(tmp_path / "model.pt", dataset, *_model(), val_sha256=hashlib.sha256(shards).hexdigest())
+    assert export(tmp_path / "model.pt", dataset, tmp_path / "out").artifact_bytes > 0
 
 
 def test_an_old_result_goes_once_the_input_is_accepted(dataset: DataSet, tmp_path: Path) -> None:

@@ -14,15 +14,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from trainer.batch_feed import BatchFeed, open_loader
 from trainer.checkpoint import Checkpoint, load_model, newest_first, save_checkpoint
 from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
+from trainer.data.adopting import adopt
+from trainer.data.describing import Provenance, describe
+from trainer.data.encoding import Encoder, EncoderSettings
+from trainer.data.loader import Batch
 from trainer.data.manifest import DataSet
-from trainer.data.verbs import prepare
+from trainer.data.shards import write_shard
+from trainer.data.tokenizer import train_tokenizer
 from trainer.divergence import DivergedError
 from trainer.errors import InputError
 from trainer.evaluation import ValidationStream, evaluate
@@ -41,11 +48,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "with", "by", "on", "he", "at", "from"]
     choose = random.Random(0)
     folder = tmp_path_factory.mktemp("data")
-    text = folder / "docs.jsonl"
     documents = [" ".join(choose.choice(words) for _ in range(80)) for _ in range(60)]
-    text.write_text("".join(f'{{"text": "{document}", "src": "made"}}\n' for document in documents), encoding="utf-8")
-    prepare([text], folder / "set", vocab_size=VOCAB, val_bytes=2000)
-    return folder / "set"
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(documents[6:], vocab_size=VOCAB))
+    encoder = Encoder(EncoderSettings(tokenizer=folder / "tokenizer.model"))
+    for name, part in (("val.bin", documents[:6]), ("train.bin", documents[6:])):
+        write_shard(folder / name, encoder.encode(part).tokens)
+    provenance = Provenance(split="the first six documents")
+    describe(folder, tokenizer="tokenizer.model", train=["train.bin"], val=["val.bin"], provenance=provenance).save()
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +102,10 @@ def losses(lines: list[Line]) -> dict[int, float]:
     return {line.step: line.train_loss for line in lines if isinstance(line, TrainPoint)}
 
 
+def windows(data: Path) -> int:
+    return DataSet.load(data).manifest.train_tokens // 16
+
+
 def scores(lines: list[Line]) -> list[tuple[int, float, float]]:
     return [(line.step, line.val_loss, line.val_bpb) for line in lines if isinstance(line, ValPoint)]
 
@@ -128,6 +142,10 @@ def test_a_run_from_header_to_result(data: Path, tmp_path: Path, capsys: pytest.
     result = read_result(tmp_path / "result.json")
     assert isinstance(result, TrainResult)
     assert (result.stop_reason, result.steps, result.tokens) == ("finished", 8, 512)
+    assert result.epochs == pytest.approx(512 / 16 / windows(data))
+    assert result.data_wait_share is not None
+    assert 0 <= result.data_wait_share < 1
+    assert all(line.data_wait_share is not None for line in lines if isinstance(line, TrainPoint))
     assert losses(lines)[8] < losses(lines)[1]
     # What was reported is what a reload of the file scores.
     saved = load_model(tmp_path / "model.pt", "cpu")
@@ -177,6 +195,73 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert losses(first) | losses(second) == losses(whole)
     ours, theirs = (load_model(tmp_path / name / "model.pt", "cpu").model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("order", ["sequential", "documents"])
+def test_epochs_are_told_and_a_resumed_run_goes_on_within_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    # A batch of 40 windows in 5 micro-batches; an epoch ends within the step that its successor begins in.
+    settings = config(
+        batch={"train_batch_tokens": 640, "train_seq_len": 16, "micro_batch_tokens": 128},
+        data={"order": order, "prefetch_batches": 1},
+        limits={"tokens": 2 * 16 * windows(data) + 320},
+        evaluation={"every_fraction": None, "batch_tokens": 512},
+    )
+    _, whole = run(settings, data, tmp_path / "whole", capsys)
+    begun = [line for line in whole if isinstance(line, Event) and line.kind == "epoch"]
+    assert [line.detail for line in begun] == [f"{number} windows:{windows(data)}" for number in (2, 3)]
+    assert [line.step for line in begun] == [number * windows(data) // 40 + 1 for number in (1, 2)]
+    result = read_result(tmp_path / "whole" / "result.json")
+    assert isinstance(result, TrainResult)
+    assert result.epochs == pytest.approx(result.tokens / 16 / windows(data))
+    step = begun[0].step
+    with monkeypatch.context() as patched:
+        stop_at_step(patched, step)
+        _, first = run(settings, data, tmp_path / "parts", capsys)
+    _, second = run(settings, data, tmp_path / "parts", capsys, resume="auto")
+    told = [line for line in (*first, *second) if isinstance(line, Event) and line.kind == "epoch"]
+    assert [(line.detail, line.step) for line in told] == [(line.detail, line.step) for line in begun]
+    assert losses(first) | losses(second) == losses(whole)
+
+
+def test_the_logged_loss_is_nats_per_token_whatever_is_minimised(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, *weighted = (
+        run(config(loss={"weighting": weighting}, limits={"steps": 5}), data, tmp_path / weighting, capsys)[1]
+        for weighting in ("tokens", "bpb", "bytes")
+    )
+    for lines in weighted:
+        assert losses(lines)[1] == pytest.approx(losses(plain)[1], abs=1e-4)
+        assert losses(lines)[5] != losses(plain)[5]  # and yet something else was learnt
+        assert losses(lines)[5] < losses(lines)[1]
+    assert losses(weighted[0]) != losses(weighted[1])
+
+
+def test_the_share_of_waiting_is_that_of_the_training_clock(data: Path) -> None:
+    seconds = 0.0
+    clock = TrainingClock(torch.device("cpu"), seconds=90.0, now=lambda: seconds)
+    with open_loader(config(), DataSet.load(data), torch.device("cpu")) as loader:
+        plain = loader.next_batch
+
+        def slow() -> Batch:
+            nonlocal seconds
+            seconds += 3.0
+            return plain()
+
+        feed = BatchFeed(loader, clock, waited_seconds=4.0)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(loader, "next_batch", slow)
+            clock.start()
+            for _ in range(2):
+                feed.next_batch()
+                seconds += 2.0
+    assert feed.wait_share() == pytest.approx((4 + 2 * 3) / (90 + 2 * 5))
+    assert feed.new_wait_share() == pytest.approx(6 / 10)
+    seconds += 5.0
+    assert feed.new_wait_share() == 0.0
+    assert feed.waited_seconds == 10.0
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
@@ -343,11 +428,11 @@ def test_weights_that_broke_and_a_switch_that_does_nothing_are_told_apart(
 def test_a_stop_while_warming_up_ends_the_run_without_a_checkpoint(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compiler_dies(*_: object) -> Tensor:
+    def compiler_dies(*_: object) -> tuple[Tensor, Tensor]:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a worker of the compiler died")
 
-    def passes(model: GPT, *, compiled: bool) -> Passes:
+    def passes(model: GPT, *, compiled: bool, weighting: object) -> Passes:
         return replace(build_passes(model, compiled=False), loss=compiler_dies, compiled=compiled)
 
     monkeypatch.setattr("trainer.training_run.build_passes", passes)
@@ -362,17 +447,19 @@ def test_warming_up_looks_for_a_stop_between_graphs_and_lets_other_errors_be() -
     model = GPT(settings.model, settings.export)
     stop, calls = StopRequest(), []
 
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         calls.append((model.recurrence_active, model.fake_quant_active))
         stop.receive(signal.SIGTERM, None)
-        return model(inputs, targets)
+        return plain(inputs, targets)
+
+    plain = build_passes(model, compiled=False).loss
 
     passes = replace(build_passes(model, compiled=False), loss=loss)
     with pytest.raises(StopAskedError):
         warm_up(model, passes, settings, torch.device("cpu"), stop)
     assert calls == [(False, False)]
 
-    def broken(*_: object) -> Tensor:
+    def broken(*_: object) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -384,9 +471,11 @@ def test_warming_up_a_resumed_run_leaves_out_what_lies_behind() -> None:
     model = GPT(settings.model, settings.export)
     calls: list[tuple[bool, bool]] = []
 
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         calls.append((model.recurrence_active, model.fake_quant_active))
-        return model(inputs, targets)
+        return plain(inputs, targets)
+
+    plain = build_passes(model, compiled=False).loss
 
     passes = replace(build_passes(model, compiled=False), loss=loss)
     warm_up(model, passes, settings, torch.device("cpu"), StopRequest())
@@ -427,6 +516,18 @@ def test_bad_input_is_refused_before_anything_is_written(data: Path, tmp_path: P
     with pytest.raises(FileNotFoundError):
         train(settings, data, tmp_path / "out", tmp_path / "out", str(tmp_path / "gone.pt"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "bpb", "bytes"])
+def test_training_data_without_a_token_is_bad_input(data: Path, tmp_path: Path, weighting: str) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    dataset = DataSet.load(tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()
+    for path in dataset.train_shards:
+        write_shard(path, np.zeros(0, dtype=np.uint16))
+    adopt(tmp_path / "data", tokenizer=dataset.tokenizer_path)
+    with pytest.raises(InputError, match="hold no window of 16 tokens"):
+        train(config(loss={"weighting": weighting}), tmp_path / "data", tmp_path / "out", tmp_path / "out", None)
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_one_batch(
@@ -499,7 +600,8 @@ def test_compiled_passes_have_the_losses_and_gradients_of_plain_ones_in_every_st
     for loop, qat in reachable_switches(settings):
         model.set_recurrence(loop)
         model.set_fake_quant(qat)
-        compiled, plain = passes.loss(inputs, targets), model(inputs, targets)
+        (compiled, nats), plain = passes.loss(inputs, targets), model(inputs, targets)
+        assert torch.equal(nats, compiled)
         torch.testing.assert_close(compiled, plain)
         gradients = torch.autograd.grad(compiled, parameters)
         for found, wanted in zip(gradients, torch.autograd.grad(plain, parameters), strict=True):

@@ -61,9 +61,25 @@ RESULTS: list[Result] = [
 ]  # fmt: skip
 
 
-@given(step=steps, planned=steps, loss=losses, clock=seconds, rate=st.none() | st.integers(1, 10**8).map(float))
-def test_train_lines_round_trip(step: int, planned: int, loss: float, clock: float, rate: float | None) -> None:
-    point = TrainPoint(step=step, planned_steps=planned, train_loss=loss, elapsed_seconds=clock, tokens_per_second=rate)
+@given(
+    step=steps,
+    planned=steps,
+    loss=losses,
+    clock=seconds,
+    rate=st.none() | st.integers(1, 10**8).map(float),
+    waited=st.none() | st.integers(0, 10**4).map(lambda n: n / 10**4),
+)
+def test_train_lines_round_trip(
+    *, step: int, planned: int, loss: float, clock: float, rate: float | None, waited: float | None
+) -> None:
+    point = TrainPoint(
+        step=step,
+        planned_steps=planned,
+        train_loss=loss,
+        elapsed_seconds=clock,
+        tokens_per_second=rate,
+        data_wait_share=waited,
+    )
     assert parse_line(point.line()) == point
 
 
@@ -74,7 +90,9 @@ def test_val_lines_round_trip(step: int, planned: int, loss: float, bpb: float, 
 
 
 @given(
-    kind=st.sampled_from(["stopping_early", "layer_loop", "late_qat", "checkpoint", "diverged", "interrupted"]),
+    kind=st.sampled_from(
+        ["stopping_early", "layer_loop", "late_qat", "epoch", "checkpoint", "diverged", "interrupted"]
+    ),
     step=steps,
     detail=details,
 )
@@ -88,6 +106,23 @@ def test_the_wallclock_cap_reads_like_the_public_scripts() -> None:
     event = Event(kind="stopping_early", step=812, detail="wallclock_cap train_time:180023ms", planned_steps=900)
     assert event.line() == line
     assert parse_line(line) == event
+
+
+def test_the_tail_of_a_train_line_and_lines_of_before_it() -> None:
+    old = "step:3/9 train_loss:1.0000 train_time:12ms step_avg:4.00ms tok/s:512"
+    point = TrainPoint(step=3, planned_steps=9, train_loss=1.0, elapsed_seconds=0.012, tokens_per_second=512.0)
+    assert point.line() == old
+    assert parse_line(old) == point
+    waited = point.model_copy(update={"data_wait_share": 0.0003})
+    assert waited.line() == old + " data:0.03%"
+    assert parse_line(waited.line()) == waited
+    assert parse_line(old + " data:much") is None
+
+
+def test_an_epoch_that_begins() -> None:
+    event = Event(kind="epoch", step=812, detail="2 windows:31234")
+    assert event.line() == "epoch:2 windows:31234 step:812"
+    assert parse_line(event.line()) == event
 
 
 def test_counts_that_no_run_has_are_no_lines_of_ours() -> None:
@@ -146,6 +181,17 @@ def test_results_round_trip(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(result_json(result), encoding="utf-8")
     assert read_result(path) == result
+
+
+def test_a_result_of_before_epochs_were_counted_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert isinstance(RESULTS[0], TrainResult)
+    new = RESULTS[0].model_copy(update={"epochs": 1.5, "data_wait_share": 0.01})
+    path.write_text(result_json(new), encoding="utf-8")
+    assert read_result(path) == new
+    old = {key: value for key, value in new.model_dump().items() if key not in {"epochs", "data_wait_share"}}
+    path.write_text(json.dumps({"result": old}), encoding="utf-8")
+    assert read_result(path) == RESULTS[0]
 
 
 def test_a_result_of_before_devices_were_named_is_read(tmp_path: Path) -> None:

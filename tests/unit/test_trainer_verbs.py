@@ -60,13 +60,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_data_info_verifies_and_shows_the_manifest(work: Path) -> None:
-    done = _run("data", "info", work / "data")
-    assert done.exit_code == 0
-    assert '"val_sha256"' in done.output
-    assert "all files verified" in done.output
-
-
 def test_export_prints_and_writes_the_same_sizes(work: Path) -> None:
     result = read_result(work / "export" / "result.json")
     assert isinstance(result, ExportResult)

@@ -1,9 +1,17 @@
 """How many bytes of text a token stands for: the denominator of bits per byte.
 
-The rule of the public competition. A byte piece is 1 byte; control, unknown and unused pieces are 0; any other
-piece is the UTF-8 length of its text without a leading U+2581, plus 1 for the space that U+2581 stands for, unless
-the previous token is a boundary (control, unknown, unused), where the decoder drops that space. What is counted is
-the *normalised* text, the one that decoding gives back.
+The rule of the public competition. A byte piece is 1 byte; control, unknown and unused pieces are 0; any other piece,
+user-defined symbols among them, is the UTF-8 length of its text without a leading U+2581, plus 1 for the space that
+U+2581 stands for, unless the previous token is a boundary (control, unknown, unused), where that space is dropped.
+What is counted is the *normalised* text, the one that decoding gives back.
+
+For what an encoder makes of a text, the sum is the length of SentencePiece's decoded text. For other sequences of
+tokens, such as a model's own, the rule stays as above where SentencePiece's decoder differs from it:
+
+- Bytes that are no UTF-8 count 1 each; SentencePiece shows each as U+FFFD (3 bytes).
+- An unknown token counts 0; SentencePiece shows " ⁇ " (5 bytes).
+- A leading space is dropped after any boundary, and one only; SentencePiece drops none after a boundary in the
+  middle, and at the start every leading space, or none at all, depending on two flags of the normaliser.
 """
 
 from __future__ import annotations

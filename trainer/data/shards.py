@@ -17,7 +17,6 @@ from trainer.errors import InputError
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
-SHARD_TOKENS = 100_000_000
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -26,12 +25,17 @@ class ShardError(InputError):
     """A file that is not a whole shard, or holds a token outside its vocabulary. Names the file and the offset."""
 
 
+def shard_header(tokens: int) -> bytes:
+    """The `HEADER_BYTES` bytes that announce so many tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (MAGIC, VERSION, tokens)
+    return header.tobytes()
+
+
 def write_shard(path: Path, tokens: Tokens) -> None:
     """Write `(count,)` tokens whole or not at all."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = (MAGIC, VERSION, tokens.size)
     with replacing(path) as stream:
-        stream.write(header.tobytes())
+        stream.write(shard_header(tokens.size))
         stream.write(np.ascontiguousarray(tokens, dtype="<u2").tobytes())
 
 
@@ -68,34 +72,3 @@ def check_tokens(path: Path, tokens: Tokens, vocab_size: int, first_index: int =
             f"{path}: offset {offset} holds token {int(tokens[index])}, outside the vocabulary of {vocab_size}; "
             "the shard and the tokenizer do not belong together"
         )
-
-
-class ShardWriter:
-    """Cuts a stream of tokens into numbered shards `NAME_000000.bin`, ..., of equal size but the last."""
-
-    def __init__(self, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> None:
-        self._folder, self._name, self._shard_tokens = folder, name, shard_tokens
-        self._pending: list[Tokens] = []
-        self._pending_tokens = 0
-        self.paths: list[Path] = []
-
-    def append(self, tokens: Tokens) -> None:
-        while self._pending_tokens + tokens.size >= self._shard_tokens:
-            room = self._shard_tokens - self._pending_tokens
-            self._pending.append(tokens[:room])
-            tokens = tokens[room:]
-            self._flush()
-        if tokens.size:
-            self._pending.append(tokens)
-            self._pending_tokens += tokens.size
-
-    def close(self) -> None:
-        """Write what is pending. A writer that is not closed leaves only whole shards behind."""
-        if self._pending:
-            self._flush()
-
-    def _flush(self) -> None:
-        path = self._folder / f"{self._name}_{len(self.paths):06d}.bin"
-        write_shard(path, np.concatenate(self._pending))
-        self.paths.append(path)
-        self._pending, self._pending_tokens = [], 0

@@ -23,7 +23,7 @@ from trainer import sizing
 from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import RopeTables, rope_tables
 from trainer.model.blocks import Block
-from trainer.model.head import mean_loss, row_losses
+from trainer.model.head import mean_loss, row_losses, weighted_loss
 from trainer.model.norm import rms_norm
 from trainer.model.recurrence import execution_order
 from trainer.quantization.fake_quant import fake_quantize
@@ -124,12 +124,28 @@ class GPT(nn.Module):
             x = blocks[index](x, weights[index], tables)
         return rms_norm(x).flatten(0, 1), master.to(self.compute_dtype)
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(batch, time) and (batch, time) int64 -> cross-entropy in nats (batch, time) float32."""
+    def token_losses(self, inputs: Tensor, targets: Tensor, scored: int | None = None) -> Tensor:
+        """(batch, time) and (batch, time) int64 -> cross-entropy in nats (batch, time) float32.
+
+        With `scored`, of the last `scored` positions of each row only, (batch, scored): the others get no logits.
+        """
         x, embedding = self._hidden(inputs)
+        if scored is not None and scored != inputs.shape[1]:
+            if not 1 <= scored <= inputs.shape[1]:
+                raise ValueError(f"{scored} positions of a window of {inputs.shape[1]}")
+            x = x.view(*inputs.shape, -1)[:, -scored:].flatten(0, 1)
+            targets = targets[:, -scored:]
         return row_losses(x, embedding, targets.flatten(), self.config.logit_softcap).view_as(targets)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, a 0-d float32 tensor."""
         x, embedding = self._hidden(inputs)
         return mean_loss(x, embedding, targets.flatten(), self.config.logit_softcap)
+
+    def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of `weights` (batch, time) float32 times the cross-entropies in nats, and what `forward` returns.
+
+        Both are 0-d float32; gradients flow through the first alone.
+        """
+        x, embedding = self._hidden(inputs)
+        return weighted_loss(x, embedding, targets.flatten(), self.config.logit_softcap, weights.flatten())
