@@ -21,7 +21,7 @@ from trainer.data.tokenizer import open_tokenizer
 from trainer.durable import replacing
 
 # What is done before other processes have started: bytes of input files to index, bytes of text to encode.
-FEW_TO_INDEX = 64 << 20
+FEW_TO_INDEX = 8 << 20
 FEW_TO_ENCODE = 4 << 20
 _SPAN_DOCUMENTS = 1 << 21
 
