@@ -121,6 +121,8 @@ def test_text_that_is_taken_to_the_letter_comes_back_to_the_letter(
 
 @settings(max_examples=80, deadline=None)
 @given(text=any_text)
+@example(text=" ")
+@example(text=" a")
 @pytest.mark.parametrize("case_folding", [False, True])
 def test_normalised_text_taken_to_the_letter_gives_the_tokens_of_the_text(
     folder: Path, case_folding: bool, text: str
@@ -131,8 +133,11 @@ def test_normalised_text_taken_to_the_letter_gives_the_tokens_of_the_text(
         model = SentencePieceProcessor(model_proto=(folder / name).read_bytes())
         encoder = Encoder(EncoderSettings(tokenizer=folder / name, case_folding=case_folding))
         literal = Encoder(EncoderSettings(tokenizer=folder / name, case_folding=case_folding, normalized=True))
-        expected = encoder.encode([text]).tokens.tolist()
-        assert literal.encode(normalized(model, [text])).tokens.tolist() == expected
+        encoded, again = encoder.encode([text]), literal.encode(normalized(model, [text]))
+        if name != "spacious" or not text.startswith((" ", SPACE)):
+            assert again.tokens.tolist() == encoded.tokens.tolist()
+        # A model that keeps a leading space gives it a token without bytes; decoded text does not have it any more.
+        assert literal.bytes_of(again) == encoder.bytes_of(encoded)
 
 
 def test_real_prose_normalised_first_gives_the_same_tokens(folder: Path) -> None:
