@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,19 +17,36 @@ from trainer.data.commands import data_app
 from trainer.durable import write_whole
 from trainer.errors import InputError
 from trainer.report import RESULT_NAME, ExitCode, Reporter, Result, result_json
+from trainer.shared_options import sharing
+
+if TYPE_CHECKING:
+    from trainer.scoring import ScoringRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 
 DataDir = Annotated[Path, typer.Option("--data", help="Folder made by `data prepare`.")]
 OutDir = Annotated[Path, typer.Option("--out", help="Folder for what is made, and its result.json.")]
-Stride = Annotated[int | None, typer.Option(help="Score sliding windows, each so many tokens further; 64 is usual.")]
-Context = Annotated[int | None, typer.Option(help="Tokens of a sliding window; default: as in training.")]
-BatchTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Compile = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Default: for sliding windows on CUDA only.")
-]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowOptions:
+    """How a model is run over the validation stream: what `evaluate` and `analyse` have in common."""
+
+    stride: Annotated[
+        int | None, typer.Option(help="Score sliding windows, each so many tokens further; 64 is usual.")
+    ] = None
+    context: Annotated[int | None, typer.Option(help="Tokens of a sliding window; default: as in training.")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Default: for sliding windows on CUDA only.")
+    ] = None
+
+    def request(self, source: Path, data: Path) -> ScoringRequest:
+        from trainer.scoring import ScoringRequest  # noqa: PLC0415
+
+        return ScoringRequest(source=source, data=data, **asdict(self))
 
 
 @app.command()
@@ -69,16 +87,13 @@ def export(
 
 
 @app.command()
+@sharing(WindowOptions)
 def evaluate(
     source: Annotated[Path, typer.Argument(help="An artifact, or a model.pt.")],
     *,
     data: DataDir,
     out: OutDir,
-    stride: Stride = None,
-    context: Context = None,
-    batch_tokens: BatchTokens = None,
-    device: Device = "auto",
-    compile_pass: Compile = None,
+    options: WindowOptions,
 ) -> None:
     """Score an artifact from its bytes alone, or a model as trained, on the whole validation stream.
 
@@ -86,19 +101,10 @@ def evaluate(
     """
     with _scoring_ends_in_one_line():
         from trainer.ranks import Ranks  # noqa: PLC0415
-        from trainer.scoring import Scoring, ScoringRequest, final_line  # noqa: PLC0415
+        from trainer.scoring import Scoring, final_line  # noqa: PLC0415
 
         ranks = Ranks.from_environment()
-        request = ScoringRequest(
-            source=source,
-            data=data,
-            stride=stride,
-            context=context,
-            batch_tokens=batch_tokens,
-            device=device,
-            compile=compile_pass,
-        )
-        scoring = Scoring.open(request, ranks)
+        scoring = Scoring.open(options.request(source, data), ranks)
         if ranks.first:
             (out / RESULT_NAME).unlink(missing_ok=True)
         with ranks.joined():
@@ -109,20 +115,17 @@ def evaluate(
 
 
 @app.command()
+@sharing(WindowOptions)
 def analyse(
     source: Annotated[Path | None, typer.Argument(help="An artifact, or a model.pt.")] = None,
     *,
     out: Annotated[Path, typer.Option("--out", help="Folder for analysis.json, analysis.md and the plots.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder made by `data prepare`.")] = None,
-    stride: Stride = None,
-    context: Context = None,
-    batch_tokens: BatchTokens = None,
-    device: Device = "auto",
-    compile_pass: Compile = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw PNG files too.")] = True,
     finished: Annotated[
         Path | None, typer.Option("--from", help="Show an analysis.json that is there, without scoring.")
     ] = None,
+    options: WindowOptions,
 ) -> None:
     """Where the loss and the bytes of a score are: by loss, length, context, class of token and source."""
     with _scoring_ends_in_one_line():
@@ -136,18 +139,8 @@ def analyse(
             raise InputError("give SOURCE and --data to analyse a model, or --from to show an analysis.json")
         else:
             from trainer.analysis.verb import analyse as run  # noqa: PLC0415
-            from trainer.scoring import ScoringRequest  # noqa: PLC0415
 
-            request = ScoringRequest(
-                source=source,
-                data=data,
-                stride=stride,
-                context=context,
-                batch_tokens=batch_tokens,
-                device=device,
-                compile=compile_pass,
-            )
-            written = run(request, out, say=Reporter(sys.stderr).note)
+            written = run(options.request(source, data), out, say=Reporter(sys.stderr).note)
         text = show(written, out, plots=plots)
     Reporter().note(text)
 

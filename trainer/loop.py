@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
+from trainer.devices import choose_device, is_out_of_memory
 from trainer.divergence import DivergedError
 from trainer.errors import InputError
 from trainer.interruption import stop_signals
@@ -18,8 +18,6 @@ from trainer.report import RESULT_NAME, Event, ExitCode, Reporter
 from trainer.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
-
-_CPU_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 
 
 def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path, resume: str | None) -> ExitCode:
@@ -35,7 +33,7 @@ def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path,
             f"{dataset_path} has a vocabulary of {dataset.manifest.vocab_size}, "
             f"the configuration's model.vocab_size is {config.model.vocab_size}; make them equal"
         )
-    device = choose_device(config.device)
+    device = choose_device(config.device, asked_by="the configuration's device")
     checkpoint = find_checkpoint(resume, checkpoints, config)
     if checkpoint is not None:
         _require_same_data(checkpoint, dataset)
@@ -65,20 +63,6 @@ def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path,
             log.warning("%s", error)
             reporter.say(Event(kind="out_of_memory", step=run.step if run else 0, detail=_memory_remedy(config, run)))
             return ExitCode.OUT_OF_MEMORY
-
-
-def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Raises InputError if CUDA is asked for and there is none."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError("the configuration asks for device cuda, but there is none here; use auto or cpu")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a type for it; the CPU's allocator raises a plain RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATION_FAILED)
 
 
 def _require_same_data(checkpoint: Checkpoint, dataset: DataSet) -> None:

@@ -18,6 +18,7 @@ from trainer.artifact import MAGIC, ArtifactError, read_artifact
 from trainer.checkpoint import load_model
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
+from trainer.devices import choose_device, is_out_of_memory, synchronize
 from trainer.durable import sha256_of
 from trainer.errors import InputError
 from trainer.evaluation import OnScored, Score, ScoredBatch, TokenLosses, ValidationStream, batch_rows, score
@@ -74,7 +75,7 @@ class Scoring:
         began = time.monotonic()
         dataset = DataSet.load(request.data)
         digest = sha256_of(request.source)
-        device = choose_device(request.device, ranks)
+        device = choose_device(request.device, asked_by="--device", local_rank=ranks.local_rank)
         model, config, scheme = _load(request.source, dataset, device)
         if request.context is not None and request.stride is None:
             raise InputError(
@@ -113,8 +114,6 @@ class Scoring:
         try:
             return self._run(on_scored, say)
         except (MemoryError, RuntimeError) as error:
-            from trainer.loop import is_out_of_memory  # noqa: PLC0415 - all of training, for this moment only
-
             if not is_out_of_memory(error):
                 raise
             half = self.batch_tokens // 2
@@ -155,7 +154,7 @@ class Scoring:
                 inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
                 with torch.no_grad():
                     compiled(inputs, targets, scored)
-                _synchronize(self.device)
+                synchronize(self.device)
 
         def token_losses(inputs: Tensor, targets: Tensor, scored: int) -> Tensor:
             run = compiled if scored == stride else self.model.token_losses
@@ -215,7 +214,7 @@ class RemainingTime:
     def __call__(self, batch: ScoredBatch) -> None:
         if batch.number not in {self._WARM, self._TIMED}:
             return
-        _synchronize(self._device)
+        synchronize(self._device)
         if batch.number == self._WARM:
             self._began = self._clock()
             return
@@ -224,19 +223,6 @@ class RemainingTime:
         if left > self._long:
             rows, width = batch.inputs.shape
             self._say(f"about {left:.0f} s left: {batches} batches of {rows} x {width} tokens")
-
-
-def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of this process; processes take the GPUs of a machine in turn. Raises InputError."""
-    if name not in {"auto", "cpu", "cuda"}:
-        raise InputError(f"--device {name}: use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device here; use cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _seq_len(config: TrainConfig) -> int:
@@ -262,8 +248,3 @@ def _load(source: Path, dataset: DataSet, device: torch.device) -> tuple[GPT, Tr
     ):
         raise ArtifactError(f"{source} was made with another tokenizer than the data; evaluate with its own data")
     return artifact.model(device), artifact.config, artifact.manifest.scheme
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -54,12 +54,11 @@ class Ledger:
         another program wrote it, LedgerError if it cannot be opened.
         """
         engine = writer_engine(path)
-        try:
+        with ExitStack() as unless_opened:
+            unless_opened.callback(engine.dispose)
             check_integrity(engine, path)
             migrate(engine, path)
-        except BaseException:
-            engine.dispose()
-            raise
+            unless_opened.pop_all()
         return cls(engine, path)
 
     def close(self) -> None:

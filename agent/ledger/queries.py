@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -114,11 +114,10 @@ class LedgerReader:
     def open(cls, path: Path) -> Self:
         """Raises NotFoundError if the file is missing, LedgerSchemaError if another version wrote it."""
         engine = reader_engine(path)
-        try:
+        with ExitStack() as unless_opened:
+            unless_opened.callback(engine.dispose)
             require_current(stored_revision(engine, path), path)
-        except BaseException:
-            engine.dispose()
-            raise
+            unless_opened.pop_all()
         return cls(engine, path)
 
     def close(self) -> None:

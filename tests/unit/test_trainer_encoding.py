@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
+from odd_tokenizers import bpe_model
 from trainer.data.byte_table import SPACE, ByteTable
 from trainer.data.casing import CAPS, ESC, MARKS, TITLE, CasingError
 from trainer.data.decoding import Decoder, cut, documents_in, validation_documents
@@ -39,26 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "plain").write_bytes(train_tokenizer(CORPUS, vocab_size=340))
     (path / "folding").write_bytes(train_tokenizer(CORPUS, vocab_size=340, case_folding=True))
     for name, dummy_prefix in (("spacious", False), ("prefixed", True)):
-        written = io.BytesIO()
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS),
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=340,
-            byte_fallback=True,
+        model = bpe_model(
+            CORPUS,
+            340,
             normalization_rule_name="identity",
             add_dummy_prefix=dummy_prefix,
             remove_extra_whitespaces=False,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
             required_chars=SPACE,
             user_defined_symbols=list(MARKS),
-            num_threads=1,
-            minloglevel=2,
         )
-        (path / name).write_bytes(written.getvalue())
+        (path / name).write_bytes(model)
     return path
 
 

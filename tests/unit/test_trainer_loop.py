@@ -30,11 +30,12 @@ from trainer.data.loader import Batch
 from trainer.data.manifest import DataSet
 from trainer.data.shards import write_shard
 from trainer.data.tokenizer import train_tokenizer
+from trainer.devices import is_out_of_memory
 from trainer.divergence import DivergedError
 from trainer.errors import InputError
 from trainer.evaluation import ValidationStream, evaluate
 from trainer.interruption import StopAskedError, StopRequest
-from trainer.loop import is_out_of_memory, train
+from trainer.loop import train
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint, TrainResult, ValPoint, parse_line, read_result
@@ -59,11 +60,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_thread(seeded_on_one_thread: None) -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentencepiece import SentencePieceTrainer
 
+from odd_tokenizers import bpe_model
 from trainer.data import prepare as preparing
 from trainer.data.decoding import Decoder, documents_in, validation_documents
 from trainer.data.documents import Document, DocumentError, RawDocuments, TextRule, write_documents
@@ -432,23 +432,10 @@ def test_texts_that_normalise_to_the_same_are_the_same(tmp_path: Path, dataset: 
 
 def test_texts_are_the_same_as_the_given_tokenizer_sees_them(tmp_path: Path) -> None:
     words = [f"{word} {number}" for word in ("Reader", "Module", "THE") for number in range(40)]
-    (tmp_path / "words.txt").write_text("\n".join(words * 3))
-    SentencePieceTrainer.train(
-        input=str(tmp_path / "words.txt"),
-        model_prefix=str(tmp_path / "folding"),
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        normalization_rule_name="nmt_nfkc_cf",
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        required_chars="\u2581",
-        hard_vocab_limit=False,
-        minloglevel=2,
+    model = bpe_model(
+        words * 3, 300, normalization_rule_name="nmt_nfkc_cf", required_chars="\u2581", hard_vocab_limit=False
     )
+    (tmp_path / "folding.model").write_bytes(model)
     texts = [text for word in words for text in (word, word.lower(), word.upper())]
     write_documents(tmp_path / "a.jsonl", (Document(text=text) for text in texts))
     rule = SeededDocuments(count=40)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from odd_tokenizers import bpe_model
 from trainer.data.byte_table import SPACE, ByteTable
 from trainer.data.casing import MARKS
 from trainer.data.decoding import Decoder
@@ -78,22 +79,8 @@ def test_a_vocabulary_that_has_no_room_for_the_characters_is_an_error() -> None:
 
 
 def test_a_model_without_the_space_piece_is_refused(tmp_path: Path) -> None:
-    written = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["thecatsatonthematandthen" * 3] * 5),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=270,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    (tmp_path / "m.model").write_bytes(written.getvalue())
+    model = bpe_model(["thecatsatonthematandthen" * 3] * 5, 270, hard_vocab_limit=False)
+    (tmp_path / "m.model").write_bytes(model)
     with pytest.raises(TokenizerError, match=r"U\+2581"):
         open_tokenizer(tmp_path / "m.model")
     for nothing in (b"", b"no model"):
@@ -169,27 +156,16 @@ def any_vocabulary(
 
 def with_symbols() -> bytes:
     """Also user-defined and control symbols; it writes a dummy prefix and keeps every space."""
-    written = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=360,
-        byte_fallback=True,
+    return bpe_model(
+        CORPUS,
+        360,
         normalization_rule_name=RULE,
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
         required_chars=SPACE,
         user_defined_symbols=["<html>", "漢", SPACE + SPACE, "é" + SPACE],
         control_symbols=["<end>"],
-        num_threads=1,
-        minloglevel=2,
     )
-    return written.getvalue()
 
 
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)

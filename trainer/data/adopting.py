@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.data.defaults import TOKENIZER_NAME
 from trainer.data.describing import Provenance, describe, sidecar_name
 from trainer.data.manifest import MANIFEST_NAME, DataSet, DataSetError
 from trainer.data.shard_stream import UNFINISHED
 from trainer.data.shards import HEADER_BYTES, open_shard
 from trainer.data.tokenizer import BOS
 from trainer.durable import write_whole
-
-TOKENIZER_NAME = "tokenizer.model"
 
 
 def adopt(

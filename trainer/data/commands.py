@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -13,8 +13,10 @@ from trainer.bad_input import bad_input_is_one_line
 from trainer.data.defaults import MAX_DOCUMENT_BYTES, SEED, SHARD_TOKENS, TOKENIZER_SAMPLE_BYTES
 from trainer.errors import InputError
 from trainer.report import ExitCode, Reporter
+from trainer.shared_options import sharing
 
 if TYPE_CHECKING:
+    from trainer.data.documents import TextRule
     from trainer.data.manifest import DataSet
     from trainer.data.prepare import PrepareReport
     from trainer.data.splitting import SplitRule
@@ -22,27 +24,87 @@ if TYPE_CHECKING:
 data_app = typer.Typer(no_args_is_help=True, help="Text in, vocabularies, shards; fetch, re-encode and verify them.")
 
 
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(help="Documents: .txt, .jsonl, .json lines (also .gz, .xz, .zst) or .parquet; no folders."),
-]
 Out = Annotated[Path, typer.Option("--out", help="Folder for what is made.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a data set.")]
-ValBytes = Annotated[int | None, typer.Option(min=1, help="Validation: seeded documents of so many bytes at most.")]
-ValDocuments = Annotated[int | None, typer.Option(min=1, help="Validation: so many documents, seeded.")]
-ValFirst = Annotated[int | None, typer.Option(min=1, help="Validation: the first so many documents.")]
-ValFile = Annotated[list[Path] | None, typer.Option(help="Validation: all documents of this file (repeatable).")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of a seeded split, and of the tokenizer's sample.")]
-Dedup = Annotated[bool, typer.Option("--dedup/--keep-duplicates", help="Leave out texts that were there already.")]
-CaseFolding = Annotated[bool, typer.Option("--case-folding", help="Fold case without loss, with a byte sidecar.")]
-TxtDocuments = Annotated[
-    str, typer.Option(help="How .txt is cut: file (one document), line, blank-line, or the separator itself.")
-]
-MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="A longer document is an error.")]
 SampleBytes = Annotated[int, typer.Option(min=1, help="Train text for the tokenizer; default: 100 MB.")]
 ShardTokens = Annotated[int, typer.Option(min=1, max=SHARD_TOKENS, help="Tokens of a shard.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: all usable cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """Which text is read, how it is cut and split: what `prepare`, `encode` and `tokenizer` have in common."""
+
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="Documents: .txt, .jsonl, .json lines (also .gz, .xz, .zst) or .parquet; no folders."),
+    ]
+    out: Out
+    val_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Validation: seeded documents of so many bytes at most.")
+    ] = None
+    val_documents: Annotated[int | None, typer.Option(min=1, help="Validation: so many documents, seeded.")] = None
+    val_first: Annotated[int | None, typer.Option(min=1, help="Validation: the first so many documents.")] = None
+    val_file: Annotated[
+        list[Path] | None, typer.Option(help="Validation: all documents of this file (repeatable).")
+    ] = None
+    seed: Seed = SEED
+    dedup: Annotated[
+        bool, typer.Option("--dedup/--keep-duplicates", help="Leave out texts that were there already.")
+    ] = True
+    case_folding: Annotated[
+        bool, typer.Option("--case-folding", help="Fold case without loss, with a byte sidecar.")
+    ] = False
+    txt_documents: Annotated[
+        str, typer.Option(help="How .txt is cut: file (one document), line, blank-line, or the separator itself.")
+    ] = "file"
+    max_document_bytes: Annotated[int, typer.Option(min=1, help="A longer document is an error.")] = MAX_DOCUMENT_BYTES
+    workers: Workers = None
+
+    def arguments(self) -> TextArguments:
+        """As the functions behind the verbs take them. Raises InputError for options that exclude each other."""
+        from trainer.data.documents import TextRule
+
+        return {
+            "inputs": self.inputs,
+            "out": self.out,
+            "rule": self._rule(),
+            "dedup": self.dedup,
+            "case_folding": self.case_folding,
+            "text_rule": TextRule.parse(self.txt_documents),
+            "max_document_bytes": self.max_document_bytes,
+            "workers": self.workers,
+        }
+
+    def _rule(self) -> SplitRule:
+        """Raises InputError unless exactly one way to choose validation is given."""
+        from trainer.data.splitting import FirstDocuments, OwnFile, SeededBytes, SeededDocuments
+
+        rules: list[SplitRule] = []
+        if self.val_bytes is not None:
+            rules.append(SeededBytes(val_bytes=self.val_bytes, seed=self.seed))
+        if self.val_documents is not None:
+            rules.append(SeededDocuments(count=self.val_documents, seed=self.seed))
+        if self.val_first is not None:
+            rules.append(FirstDocuments(count=self.val_first, seed=self.seed))
+        if self.val_file:
+            rules.append(OwnFile(paths=tuple(self.val_file), seed=self.seed))
+        if len(rules) != 1:
+            raise InputError("give exactly one of --val-bytes, --val-documents, --val-first and --val-file")
+        return rules[0]
+
+
+class TextArguments(TypedDict):
+    inputs: list[Path]
+    out: Path
+    rule: SplitRule
+    dedup: bool
+    case_folding: bool
+    text_rule: TextRule
+    max_document_bytes: int
+    workers: int | None
 
 
 def _say(text: str) -> None:
@@ -64,81 +126,47 @@ def gather(
 
 
 @data_app.command()
+@sharing(TextOptions)
 def prepare(
-    inputs: Inputs,
-    out: Out,
+    options: TextOptions,
+    *,
     vocab_size: Annotated[int, typer.Option(min=8, max=65536, help="Pieces of the tokenizer that is trained.")],
-    val_bytes: ValBytes = None,
-    val_documents: ValDocuments = None,
-    val_first: ValFirst = None,
-    val_file: ValFile = None,
-    seed: Seed = SEED,
-    dedup: Dedup = True,
-    case_folding: CaseFolding = False,
-    txt_documents: TxtDocuments = "file",
-    max_document_bytes: MaxDocumentBytes = MAX_DOCUMENT_BYTES,
     sample_bytes: SampleBytes = TOKENIZER_SAMPLE_BYTES,
     shard_tokens: ShardTokens = SHARD_TOKENS,
-    workers: Workers = None,
 ) -> None:
     """Split by document, train the tokenizer on train only, write shards and a manifest. Goes on if it was killed."""
     with bad_input_is_one_line():
-        from trainer.data.documents import TextRule
         from trainer.data.prepare import prepare as run
         from trainer.data.progress import shown_to
 
         report = run(
-            inputs,
-            out,
-            rule=_rule(val_bytes, val_documents, val_first, val_file, seed),
+            **options.arguments(),
             vocab_size=vocab_size,
-            dedup=dedup,
-            case_folding=case_folding,
-            text_rule=TextRule.parse(txt_documents),
-            max_document_bytes=max_document_bytes,
             sample_bytes=sample_bytes,
             shard_tokens=shard_tokens,
-            workers=workers,
             progress=shown_to(_say),
         )
     _prepared(report)
 
 
 @data_app.command()
+@sharing(TextOptions)
 def encode(
-    inputs: Inputs,
-    out: Out,
+    options: TextOptions,
+    *,
     tokenizer: Annotated[Path, typer.Option(help="A SentencePiece .model; it is copied in.")],
-    val_bytes: ValBytes = None,
-    val_documents: ValDocuments = None,
-    val_first: ValFirst = None,
-    val_file: ValFile = None,
-    seed: Seed = SEED,
-    dedup: Dedup = True,
-    case_folding: CaseFolding = False,
-    txt_documents: TxtDocuments = "file",
-    max_document_bytes: MaxDocumentBytes = MAX_DOCUMENT_BYTES,
     shard_tokens: ShardTokens = SHARD_TOKENS,
-    workers: Workers = None,
     rate: Annotated[bool, typer.Option("--rate", help="Measure SentencePiece alone too; print the ratio.")] = False,
 ) -> None:
     """Text to shards with a tokenizer that is there already. Goes on if it was killed."""
     with bad_input_is_one_line():
-        from trainer.data.documents import TextRule
         from trainer.data.prepare import prepare as run
         from trainer.data.progress import shown_to
 
         report = run(
-            inputs,
-            out,
-            rule=_rule(val_bytes, val_documents, val_first, val_file, seed),
+            **options.arguments(),
             tokenizer=tokenizer,
-            dedup=dedup,
-            case_folding=case_folding,
-            text_rule=TextRule.parse(txt_documents),
-            max_document_bytes=max_document_bytes,
             shard_tokens=shard_tokens,
-            workers=workers,
             progress=shown_to(_say),
             measure_bare_rate=rate,
         )
@@ -146,40 +174,23 @@ def encode(
 
 
 @data_app.command()
+@sharing(TextOptions)
 def tokenizer(
-    inputs: Inputs,
-    out: Out,
+    options: TextOptions,
+    *,
     vocab_size: Annotated[list[int], typer.Option(min=8, max=65536, help="Pieces (repeatable).")],
-    val_bytes: ValBytes = None,
-    val_documents: ValDocuments = None,
-    val_first: ValFirst = None,
-    val_file: ValFile = None,
-    seed: Seed = SEED,
-    dedup: Dedup = True,
-    case_folding: CaseFolding = False,
-    txt_documents: TxtDocuments = "file",
-    max_document_bytes: MaxDocumentBytes = MAX_DOCUMENT_BYTES,
     sample_bytes: SampleBytes = TOKENIZER_SAMPLE_BYTES,
-    workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Train OUT/spN.model for each size on train documents only, and judge each on the validation documents."""
     with bad_input_is_one_line():
-        from trainer.data.documents import TextRule
         from trainer.data.progress import Silent, shown_to
         from trainer.data.vocabularies import train_vocabularies
 
         reports = train_vocabularies(
-            inputs,
-            out,
+            **options.arguments(),
             vocab_sizes=vocab_size,
-            rule=_rule(val_bytes, val_documents, val_first, val_file, seed),
-            dedup=dedup,
-            case_folding=case_folding,
-            text_rule=TextRule.parse(txt_documents),
-            max_document_bytes=max_document_bytes,
             sample_bytes=sample_bytes,
-            workers=workers,
             progress=Silent() if as_json else shown_to(_say),
         )
     if as_json:
@@ -187,14 +198,16 @@ def tokenizer(
         return
     for name, report in reports.items():
         _say(
-            f"{out / name}: {report.bytes_per_token:.4f} bytes per token on {report.documents} validation documents, "
-            f"{report.byte_fallback_share:.3%} of the tokens spell bytes, {report.unused_pieces} pieces unused there"
+            f"{options.out / name}: {report.bytes_per_token:.4f} bytes per token on {report.documents} validation "
+            f"documents, {report.byte_fallback_share:.3%} of the tokens spell bytes, {report.unused_pieces} pieces "
+            "unused there"
         )
 
 
 @data_app.command()
 def reencode(
     folder: Folder,
+    *,
     out: Out,
     tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece .model; it is copied in.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=8, max=65536, help="Train one on the train documents.")] = None,
@@ -299,26 +312,6 @@ def info(folder: Folder) -> None:
         dataset = DataSet.load(folder)
     _say(dataset.manifest.model_dump_json(indent=2))
     _say(f"{dataset.manifest.bytes_per_token:.4f} bytes per token")
-
-
-def _rule(
-    val_bytes: int | None, val_documents: int | None, val_first: int | None, val_file: list[Path] | None, seed: int
-) -> SplitRule:
-    """Raises InputError unless exactly one way to choose validation is given."""
-    from trainer.data.splitting import FirstDocuments, OwnFile, SeededBytes, SeededDocuments
-
-    rules: list[SplitRule] = []
-    if val_bytes is not None:
-        rules.append(SeededBytes(val_bytes=val_bytes, seed=seed))
-    if val_documents is not None:
-        rules.append(SeededDocuments(count=val_documents, seed=seed))
-    if val_first is not None:
-        rules.append(FirstDocuments(count=val_first, seed=seed))
-    if val_file:
-        rules.append(OwnFile(paths=tuple(val_file), seed=seed))
-    if len(rules) != 1:
-        raise InputError("give exactly one of --val-bytes, --val-documents, --val-first and --val-file")
-    return rules[0]
 
 
 def _prepared(report: PrepareReport) -> None:

@@ -1,7 +1,8 @@
-"""Defaults that the data verbs show in their help before anything heavy is imported."""
+"""Defaults and names of the data verbs, which their help shows before anything heavy is imported."""
 
 from __future__ import annotations
 
+TOKENIZER_NAME = "tokenizer.model"
 SEED = 1337
 # As in the public shards.
 SHARD_TOKENS = 100_000_000

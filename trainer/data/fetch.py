@@ -11,11 +11,10 @@ from pathlib import Path
 from threading import Event, Lock
 from types import MappingProxyType
 
-from pydantic import ValidationError
-
-from trainer.data.adopting import TOKENIZER_NAME, describe_shards
+from trainer.data.adopting import describe_shards
+from trainer.data.defaults import TOKENIZER_NAME
 from trainer.data.hub_download import Download, FetchError, FetchStopped, HubFile, list_files
-from trainer.data.manifest import MANIFEST_NAME, DataSet, Manifest
+from trainer.data.manifest import MANIFEST_NAME, DataSet, DataSetError, Manifest, read_manifest
 from trainer.data.progress import Progress, Silent
 from trainer.data.shard_stream import UNFINISHED, remove_unfinished
 
@@ -133,16 +132,12 @@ def _known(out: Path) -> Manifest | None:
     """The manifest in `out`, whose files may be missing: fetching is how they come back."""
     if (out / UNFINISHED / "plan.json").exists():
         raise FetchError(f"{out} holds an unfinished data set of another kind; finish it, or give another folder")
-    try:
-        return Manifest.model_validate_json((out / MANIFEST_NAME).read_bytes())
-    except FileNotFoundError:
+    if not (out / MANIFEST_NAME).exists():
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FetchError(
-            f"{out / MANIFEST_NAME} is not a data manifest of this version ({first['msg']}); remove it and fetch "
-            "again, which keeps the shards that are right"
-        ) from error
+    try:
+        return read_manifest(out / MANIFEST_NAME)
+    except DataSetError as error:
+        raise FetchError(f"{error}; or remove it and fetch again, which keeps the shards that are right") from error
 
 
 def _require_same(out: Path, known: Manifest, wanted: Mapping[str, HubFile], variant: str) -> None:

@@ -170,16 +170,7 @@ class DataSet:
 
         The train shards' hashes, which take seconds per gigabyte, are left to `data verify`. Raises DataSetError.
         """
-        where = path / MANIFEST_NAME
-        try:
-            text = where.read_bytes()
-        except OSError as error:
-            raise DataSetError(f"{where} cannot be read ({error.strerror}); make it with `data prepare`") from error
-        _require_version(text, where)
-        try:
-            manifest = Manifest.model_validate_json(text)
-        except ValidationError as error:
-            raise DataSetError(f"{where} is not a data manifest: {error}") from error
+        manifest = read_manifest(path / MANIFEST_NAME)
         dataset = cls(path=path, manifest=manifest)
         for entry in manifest.files:
             file = path / entry.file
@@ -220,11 +211,19 @@ def _sha256_in_order(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _require_version(text: bytes, where: Path) -> None:
+def read_manifest(where: Path) -> Manifest:
+    """What a manifest says, its files unseen. Raises DataSetError."""
     try:
+        text = where.read_bytes()
         data = json.loads(text)
+    except OSError as error:
+        raise DataSetError(f"{where} cannot be read ({error.strerror}); make it with `data prepare`") from error
     except (ValueError, RecursionError) as error:
         raise DataSetError(f"{where} is not JSON: {error}; {_ADOPT}") from error
     version = data.get("version") if isinstance(data, dict) else None
     if version != MANIFEST_VERSION:
         raise DataSetError(f"{where} has version {version}, this reader knows version {MANIFEST_VERSION}; {_ADOPT}")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise DataSetError(f"{where} is not a data manifest: {error}") from error

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.data.corpus import VAL_SOURCES_NAME, Corpus, draw, open_corpus
-from trainer.data.defaults import MAX_DOCUMENT_BYTES, SHARD_TOKENS, TOKENIZER_SAMPLE_BYTES
+from trainer.data.defaults import MAX_DOCUMENT_BYTES, SHARD_TOKENS, TOKENIZER_NAME, TOKENIZER_SAMPLE_BYTES
 from trainer.data.describing import Provenance, describe
 from trainer.data.documents import DocumentError, RawDocuments, TextRule
 from trainer.data.encoding import Encoded, Encoder, EncoderSettings
@@ -29,7 +29,6 @@ from trainer.data.unfinished import unfinished
 from trainer.durable import sha256_of, write_whole
 from trainer.errors import InputError
 
-TOKENIZER_NAME = "tokenizer.model"
 # Records count the bytes of a document in 32 bits.
 _MOST_DOCUMENT_BYTES = (1 << 32) - 1
 
@@ -123,9 +122,9 @@ def prepare(
             workers=workers,
             progress=timed,
         )
-        spread = Spread(corpus.split.train_bytes)
+        spread = Spread(corpus.split.train_bytes) if measure_bare_rate else None
         encoded = encoding.run(spread)
-        texts = spread.texts() if measure_bare_rate else []
+        texts = [] if spread is None else spread.texts()
         bare = bare_rate(out / TOKENIZER_NAME, texts) if texts else None
         work.require_same_inputs()
         with timed.stage("describe"):
@@ -196,7 +195,7 @@ class _Encoding:
     workers: int | None
     progress: Timed
 
-    def run(self, spread: Spread) -> _Encoded:
+    def run(self, spread: Spread | None) -> _Encoded:
         """Validation, then training, by one set of workers: starting them takes as long as some 10 MB of text."""
         val, train, split = self._stream("val"), self._stream("train"), self.corpus.split
         streams = (val, train)
@@ -207,9 +206,10 @@ class _Encoding:
         taking: deque[ShardStream] = deque()
 
         def tasks() -> Iterator[list[RawDocuments]]:
-            sources = (self.corpus.val(val.documents), spread.through(self.corpus.train(train.documents)))
-            for stream, source in zip(streams, sources, strict=True):
-                for task in grouped(source):
+            source = self.corpus.train(train.documents)
+            sources = (self.corpus.val(val.documents), source if spread is None else spread.through(source))
+            for stream, batches in zip(streams, sources, strict=True):
+                for task in grouped(batches):
                     taking.append(stream)
                     yield task
 

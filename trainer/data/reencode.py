@@ -18,12 +18,11 @@ from typing import Literal
 import numpy as np
 
 from trainer.data.decoding import Decoder, cut, documents_in
-from trainer.data.defaults import SHARD_TOKENS, TOKENIZER_SAMPLE_BYTES
+from trainer.data.defaults import SEED, SHARD_TOKENS, TOKENIZER_NAME, TOKENIZER_SAMPLE_BYTES
 from trainer.data.describing import Provenance, describe
 from trainer.data.encoding import Encoded, Encoder, EncoderSettings
 from trainer.data.manifest import MANIFEST_NAME, DataSet, DataSetError
 from trainer.data.parallel import ordered_map
-from trainer.data.prepare import TOKENIZER_NAME
 from trainer.data.progress import Progress, Silent
 from trainer.data.shard_stream import FLUSH_BYTES, ShardStream, remove_unfinished
 from trainer.data.shards import HEADER_BYTES, ShardError, Tokens, check_tokens, open_shard
@@ -69,7 +68,7 @@ def reencode(
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
     case_folding: bool | None = None,
-    seed: int = 1337,
+    seed: int = SEED,
     sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,

@@ -12,13 +12,14 @@ order of the files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.defaults import SEED
 from trainer.data.documents import DocumentError, shown_name
 
 DROPPED, TRAIN, VAL = 0, 1, 2
@@ -26,7 +27,6 @@ RECORD = np.dtype([("high", ">u8"), ("low", ">u8"), ("bytes", "<u4")])
 _DIGEST_BYTES = 16
 _BUCKET_DOCUMENTS = 1 << 22
 _CHUNK_DOCUMENTS = 1 << 21
-_SEED = 1337
 
 Sides = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class FirstDocuments:
     """Validation is the first `count` documents; `seed` shuffles what the tokenizer is trained on."""
 
     count: int
-    seed: int = _SEED
+    seed: int = SEED
     option = "--val-first"
 
     @property
@@ -52,7 +52,7 @@ class SeededBytes:
     """Validation is whole documents in seeded order, together at most `val_bytes` of UTF-8."""
 
     val_bytes: int
-    seed: int = _SEED
+    seed: int = SEED
     option = "--val-bytes"
 
     @property
@@ -81,7 +81,7 @@ class SeededDocuments:
     """Validation is `count` documents, the first in seeded order."""
 
     count: int
-    seed: int = _SEED
+    seed: int = SEED
     option = "--val-documents"
 
     @property
@@ -105,7 +105,7 @@ class OwnFile:
     """Validation is all documents of files of its own; `seed` shuffles what the tokenizer is trained on."""
 
     paths: tuple[Path, ...]
-    seed: int = _SEED
+    seed: int = SEED
     option = "--val-file"
 
     @property
@@ -160,7 +160,7 @@ def split_documents(records: Path, rule: SplitRule, *, dedup: bool, own_document
     chooser = rule.chooser() if isinstance(rule, SeededBytes | SeededDocuments) else None
     border = own_documents if isinstance(rule, OwnFile) else 0  # records before it are validation by their place
     if isinstance(rule, FirstDocuments) and not dedup:
-        border = _place_after(records, rule.count)
+        border = _after(((place, chunk["bytes"] > 0) for place, chunk in _chunks(records)), rule.count)
     for places, found in _buckets(records, total):
         first, group = _groups(found)
         if chooser is not None:
@@ -196,14 +196,21 @@ def tokenizer_sample(records: Path, sides: Sides, sample_bytes: int) -> Ints:
 
 def place_after(sides: Sides, side: int, count: int) -> int:
     """Where the documents after the first `count` of a side begin; the end, if there are not more."""
-    if count == 0:
-        return 0
-    for start in range(0, sides.size, _CHUNK_DOCUMENTS):
-        places = np.flatnonzero(sides[start : start + _CHUNK_DOCUMENTS] == side)
+    starts = range(0, sides.size, _CHUNK_DOCUMENTS)
+    return _after(((start, sides[start : start + _CHUNK_DOCUMENTS] == side) for start in starts), count)
+
+
+def _after(flags: Iterable[tuple[int, Flags]], count: int) -> int:
+    """The place behind the `count`-th that is true, of (place of the first, flags) in order; the end, if there is
+    none."""
+    end = 0
+    for start, chunk in flags if count else ():
+        places = np.flatnonzero(chunk)
         if places.size >= count:
             return start + int(places[count - 1]) + 1
         count -= places.size
-    return sides.size
+        end = start + chunk.size
+    return end
 
 
 def _chunks(records: Path) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
@@ -215,18 +222,6 @@ def _chunks(records: Path) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
             return
         yield place, chunk
         place += chunk.size
-
-
-def _place_after(records: Path, count: int) -> int:
-    """As `place_after`, over the records with text."""
-    last = 0
-    for place, chunk in _chunks(records):
-        last = place + chunk.size
-        places = np.flatnonzero(chunk["bytes"])
-        if places.size >= count:
-            return place + int(places[count - 1]) + 1
-        count -= places.size
-    return last
 
 
 def _buckets(records: Path, total: int) -> Iterator[tuple[Ints, npt.NDArray[np.void]]]:
