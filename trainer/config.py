@@ -10,29 +10,49 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from trainer.config_section import BatchTokens, Count, Fraction, Section
 from trainer.errors import InputError
+from trainer.model_config import ModelConfig, RecurrenceConfig, ValueEmbeddingConfig
+from trainer.optimization_config import (
+    AveragingConfig,
+    BatchConfig,
+    LossConfig,
+    LossWeighting,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from trainer.presets import over_preset
 
-# Bounds far beyond any run: arithmetic on them stays within 64 bits, and no typing error becomes a plan of centuries.
-Count = Annotated[int, Field(gt=0, le=10**15)]
-WarmupSteps = Annotated[int, Field(ge=0, le=10**9)]
-BatchTokens = Annotated[int, Field(gt=0, le=2**31)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = [
+    "AttentionBackend",
+    "AveragingConfig",
+    "BatchConfig",
+    "DataConfig",
+    "DataOrder",
+    "EvaluationConfig",
+    "ExportConfig",
+    "LimitsConfig",
+    "LossConfig",
+    "LossWeighting",
+    "ModelConfig",
+    "OptimizerConfig",
+    "QatConfig",
+    "RecurrenceConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "TrainerSettings",
+    "ValueEmbeddingConfig",
+]
 
 DataOrder = Literal["shuffled", "sequential", "documents"]
-LossWeighting = Literal["tokens", "bpb", "bytes"]
-
-_DEFAULT_MICRO_TOKENS = 65536
+AttentionBackend = Literal["auto", "flash3", "flash", "cudnn", "flex", "plain"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """When training ends: on its clock, after so many tokens, or after so many steps; the first one reached."""
 
     wallclock_seconds: float | None = Field(
@@ -50,149 +70,14 @@ class LimitsConfig(_Section):
         return self
 
 
-class RecurrenceConfig(_Section):
-    """Depth recurrence: the layers `first..last` (0-based, inclusive) run `loops` times in every forward pass."""
-
-    first: int = Field(ge=0, description="First looped layer, counted from 0.")
-    last: int = Field(ge=0, description="Last looped layer, inclusive.")
-    loops: int = Field(default=2, ge=1, le=64, description="How many times the span runs; 1 is no recurrence.")
-    start_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the run after which the loop is switched on; 0: from the start."
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.last < self.first:
-            raise ValueError(f"the span ends before it begins: first {self.first} > last {self.last}")
-        return self
-
-
-class ModelConfig(_Section):
-    """Shape of the decoder. The head is tied to the embedding."""
-
-    vocab_size: int = Field(default=1024, ge=8, le=65536, description="Must equal the shards' vocabulary.")
-    num_layers: int = Field(default=9, ge=1, le=256, description="Physical layers (a looped layer counts once).")
-    model_dim: int = Field(default=512, ge=8, le=16384)
-    num_heads: int = Field(default=8, ge=1, le=16384, description="Query heads.")
-    num_kv_heads: int = Field(default=4, ge=1, le=16384, description="Key/value heads; fewer than num_heads is GQA.")
-    mlp_mult: float = Field(default=2.0, gt=0, le=16, description="Hidden width of the MLP over model_dim.")
-    activation: Literal["leaky_relu_squared", "relu_squared"] = Field(
-        default="leaky_relu_squared", description="LeakyReLU(0.5)^2 bought about .003 BPB over ReLU^2."
-    )
-    rope_fraction: float = Field(
-        default=1.0, gt=0, le=1, description="Share of each head's dimensions that RoPE turns."
-    )
-    rope_base: float = Field(default=10000.0, gt=1)
-    qk_gain_init: float = Field(default=1.5, gt=0, description="Initial learned gain per query head after QK norm.")
-    logit_softcap: float = Field(default=30.0, gt=0, description="Logits become cap * tanh(logits / cap).")
-    tied_embed_init_std: float = Field(default=0.005, gt=0)
-    recurrence: RecurrenceConfig | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.model_dim * self.mlp_mult)
-
-    @property
-    def rope_dims(self) -> int:
-        """Rotated dimensions per head: the asked share, rounded down to an even number, at least 2."""
-        return max(2, int(self.head_dim * self.rope_fraction) // 2 * 2)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim {self.model_dim} is not divisible by num_heads {self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(
-                f"RoPE needs an even head dimension, got {self.model_dim}/{self.num_heads} = {self.head_dim}"
-            )
-        if self.mlp_dim < 1:
-            raise ValueError(
-                f"mlp_mult {self.mlp_mult} times model_dim {self.model_dim} leaves the MLP no hidden unit; "
-                f"give mlp_mult of at least {1 / self.model_dim:.4g}"
-            )
-        if self.recurrence and self.recurrence.last >= self.num_layers:
-            raise ValueError(
-                f"recurrence spans layers {self.recurrence.first}..{self.recurrence.last}, "
-                f"but there are only layers 0..{self.num_layers - 1}"
-            )
-        return self
-
-
-class BatchConfig(_Section):
-    """Tokens per optimiser step, and how they are cut into windows and into forward passes (micro-batches)."""
-
-    train_batch_tokens: BatchTokens = Field(default=524288, description="Tokens per optimiser step.")
-    train_seq_len: int = Field(default=1024, gt=0, le=2**20, description="Context length in tokens.")
-    micro_batch_tokens: BatchTokens | None = Field(
-        default=None,
-        description="Tokens per forward pass; default: the largest that divides the batch, up to 65536 or one window. "
-        "More accumulation, less memory.",
-    )
-
-    @property
-    def micro_tokens(self) -> int:
-        """Tokens per forward pass: those asked for, or the default that `micro_batch_tokens` describes."""
-        if self.micro_batch_tokens is not None:
-            return self.micro_batch_tokens
-        windows = self.train_batch_tokens // self.train_seq_len
-        most = min(windows, max(1, _DEFAULT_MICRO_TOKENS // self.train_seq_len))
-        return self.train_seq_len * next(rows for rows in range(most, 0, -1) if windows % rows == 0)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.train_batch_tokens % self.train_seq_len:
-            raise ValueError(
-                f"train_batch_tokens {self.train_batch_tokens} is not a multiple of train_seq_len {self.train_seq_len}"
-            )
-        micro = self.micro_batch_tokens
-        if micro is not None and (micro % self.train_seq_len or self.train_batch_tokens % micro):
-            raise ValueError(
-                f"micro_batch_tokens {micro} must be a multiple of train_seq_len {self.train_seq_len} "
-                f"and divide train_batch_tokens {self.train_batch_tokens}"
-            )
-        return self
-
-
-class OptimizerConfig(_Section):
-    """Muon for the matrices of the blocks; AdamW for the embedding and for gains and other vectors."""
-
-    matrix_lr: float = Field(default=0.04, gt=0, description="Muon, for 2-D weights of the blocks.")
-    tied_embed_lr: float = Field(default=0.05, gt=0, description="AdamW, for the tied embedding.")
-    scalar_lr: float = Field(default=0.04, gt=0, description="AdamW, for gains and other vectors.")
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    muon_momentum_warmup_start: float = Field(default=0.85, ge=0, lt=1)
-    muon_momentum_warmup_steps: WarmupSteps = 300
-    muon_backend_steps: int = Field(default=5, ge=1, le=20, description="Newton-Schulz iterations.")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    adam_eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, on the matrices of the blocks.")
-    grad_clip_norm: float = Field(default=0.0, ge=0, description="Global gradient norm; 0 is no clipping.")
-
-
-class ScheduleConfig(_Section):
-    """Learning-rate multiplier: linear warm-up, constant, warmdown over the last part of the run."""
-
-    warmup_steps: WarmupSteps = Field(default=0, description="Steps of linear warm-up from 0.")
-    warmdown_fraction: Fraction = Field(default=0.4, description="Share of the run (clock or steps) that decays.")
-    warmdown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    min_lr_fraction: Fraction = Field(default=0.0, description="Multiplier at the end of the warmdown.")
-
-
-class QatConfig(_Section):
+class QatConfig(Section):
     """Quantisation-aware training: straight-through int-N with the exporter's own rounding."""
 
     enabled: bool = True
     start_fraction: Fraction = Field(default=0.85, description="Share of the run after which it is switched on.")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """In which order the training tokens come, and how far ahead of the loop they are read."""
 
     order: DataOrder = Field(
@@ -205,17 +90,7 @@ class DataConfig(_Section):
     )
 
 
-class LossConfig(_Section):
-    """What training minimises, see `trainer.loss_weighting`."""
-
-    weighting: LossWeighting = Field(
-        default="tokens",
-        description="tokens: mean nats per token, the gradient of bits per byte over the whole data. bpb: each "
-        "micro-batch's own nats per byte. bytes: a token's nats weighted by its bytes, which is not bits per byte.",
-    )
-
-
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """When to validate on the way (the end of a run is always validated), and how much at once."""
 
     every_steps: Count | None = Field(default=None, description="Validate each N steps.")
@@ -225,7 +100,7 @@ class EvaluationConfig(_Section):
     batch_tokens: BatchTokens = Field(default=65536, description="Tokens per forward pass of an evaluation.")
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """How the exporter rounds matrices, and training with it: symmetric integers, one scale a row."""
 
     bits: int = Field(default=6, ge=4, le=8, description="Bits of the block matrices and the embedding.")
@@ -234,8 +109,12 @@ class ExportConfig(_Section):
     )
 
 
-class TrainerSettings(_Section):
-    """Everything about a run that a spec's `trainer:` section says; seed and limits come from the spec itself."""
+class TrainerSettings(Section):
+    """Everything about a run that a spec's `trainer:` section says; seed and limits come from the spec itself.
+
+    `preset: NAME` begins from one of `trainer.presets`; whatever stands beside it changes that. The value holds the
+    result, not the name.
+    """
 
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
@@ -243,6 +122,7 @@ class TrainerSettings(_Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    averaging: AveragingConfig = AveragingConfig()
     qat: QatConfig = QatConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
@@ -250,6 +130,14 @@ class TrainerSettings(_Section):
     checkpoint_seconds: float = Field(default=120.0, gt=0, description="Wall seconds between periodic checkpoints.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(default=None, description="torch.compile; default: on CUDA yes, on CPU no.")
+    attention_backend: AttentionBackend = Field(
+        default="auto", description="Kernel of the attention; auto: on CUDA the fastest of those that are there."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, given: Any) -> Any:  # pydantic hands over whatever it was given
+        return over_preset(given)
 
 
 class TrainConfig(TrainerSettings):
@@ -260,17 +148,33 @@ class TrainConfig(TrainerSettings):
 
     @property
     def token_limit(self) -> int | None:
-        """Training tokens at which the run ends, the stricter of tokens and steps; None if on the clock only."""
+        """Training tokens at which the run ends, the stricter of tokens and steps; None if on the clock only.
+
+        A batch that grows at the beginning makes a limit on steps come after fewer tokens than this.
+        """
         step_tokens = self.limits.steps and self.limits.steps * self.batch.train_batch_tokens
         given = [tokens for tokens in (self.limits.tokens, step_tokens) if tokens is not None]
         return min(given) if given else None
 
-    def require_reachable_loop(self) -> None:
-        """Raise InputError if the loop would only be switched on after the last step, so that it never trains.
+    @property
+    def step_limit(self) -> int | None:
+        """Steps at which the run ends at the latest by its limits on steps and tokens; None if on the clock only.
 
-        Known when a limit counts steps or tokens. Asked before a run, not of every config: sizes are also
-        predicted for configs whose limits mean nothing.
+        With a batch that grows at the beginning a limit on tokens comes after more steps than this.
         """
+        limit = self.token_limit
+        return None if limit is None else math.ceil(limit / self.batch.train_batch_tokens)
+
+    def require_feasible(self) -> None:
+        """Raise InputError for what can be known to be impossible before a run: a loop that would never train, a
+        schedule longer than the run.
+
+        Asked before a run, not of every config: sizes are also predicted for configs whose limits mean nothing.
+        """
+        self._require_reachable_loop()
+        self._require_fitting_schedule()
+
+    def _require_reachable_loop(self) -> None:
         loop, limit = self.model.recurrence, self.token_limit
         if loop is None or limit is None:
             return
@@ -280,6 +184,27 @@ class TrainConfig(TrainerSettings):
             raise InputError(
                 f"model.recurrence.start_fraction {loop.start_fraction} lies behind the last step, which begins at "
                 f"{last:.4g} of the run: the loop would never train; start it earlier, or take more steps"
+            )
+
+    def _require_fitting_schedule(self) -> None:
+        schedule, limits, steps = self.schedule, self.limits, self.step_limit
+        seconds = schedule.warmdown_seconds
+        if seconds is not None and limits.wallclock_seconds is None:
+            raise InputError("schedule.warmdown_seconds needs limits.wallclock_seconds; give warmdown_fraction instead")
+        if seconds is not None and limits.wallclock_seconds is not None and seconds > limits.wallclock_seconds:
+            raise InputError(
+                f"schedule.warmdown_seconds {seconds:g} is longer than the clock of {limits.wallclock_seconds:g} s; "
+                "shorten it, or lengthen limits.wallclock_seconds"
+            )
+        if schedule.warmdown_steps is not None and steps is None:
+            raise InputError(
+                "schedule.warmdown_steps needs limits.steps or limits.tokens; give warmdown_fraction instead"
+            )
+        warmdown = schedule.warmdown_steps or 0
+        if steps is not None and schedule.warmup_steps + warmdown > steps:
+            raise InputError(
+                f"the schedule is longer than the run: {schedule.warmup_steps} steps of warm-up and {warmdown} of "
+                f"warmdown in {steps} steps; shorten schedule.warmup_steps or warmdown_steps, or take more steps"
             )
 
     def to_json(self) -> str:

@@ -26,7 +26,7 @@ def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path,
     An old `out/result.json` goes once the input is accepted. Raises InputError or OSError for bad input (settings,
     data, vocabulary, device, checkpoint) before anything is written, and OSError if the end cannot be written.
     """
-    config.require_reachable_loop()
+    config.require_feasible()
     dataset = DataSet.load(dataset_path)
     if dataset.manifest.vocab_size != config.model.vocab_size:
         raise InputError(

@@ -10,19 +10,49 @@ mistaken for training points.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from enum import IntEnum
-from pathlib import Path
 from typing import Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.config import TrainConfig
+from trainer.results import (
+    RESULT_NAME,
+    AverageResult,
+    EvaluateResult,
+    ExportResult,
+    Result,
+    TrainResult,
+    parse_result,
+    read_result,
+    result_json,
+)
+
+__all__ = [
+    "HEADER_VERSION",
+    "RESULT_NAME",
+    "AverageResult",
+    "EvaluateResult",
+    "Event",
+    "EventKind",
+    "ExitCode",
+    "ExportResult",
+    "Header",
+    "Line",
+    "Reporter",
+    "Result",
+    "TrainPoint",
+    "TrainResult",
+    "ValPoint",
+    "parse_line",
+    "parse_result",
+    "read_result",
+    "result_json",
+]
 
 HEADER_VERSION = 1
-RESULT_NAME = "result.json"
 
 
 class ExitCode(IntEnum):
@@ -201,97 +231,3 @@ class Reporter:
         """Free text for people; must not look like a point (it never starts with `step:`)."""
         self._stream.write(text.rstrip("\n") + "\n")
         self._stream.flush()
-
-
-class TrainResult(_Value):
-    """`result.json` of `train`. `val_bpb` is the raw final: the weights as trained, no averaging."""
-
-    kind: Literal["train"] = "train"
-    stop_reason: Literal["finished", "wallclock_cap"]
-    steps: int
-    tokens: int
-    training_seconds: float
-    wall_seconds: float
-    val_loss: float
-    val_bpb: float
-    val_sha256: str
-    params: int
-    model_path: str
-    model_sha256: str
-    epochs: float | None = Field(
-        default=None, description="Windows trained on over those of the training data; None in older files."
-    )
-    data_wait_share: float | None = Field(
-        default=None, description="Share of the training clock for which the loop waited for data; None in older files."
-    )
-
-
-class ExportResult(_Value):
-    """`result.json` of `export`. Bytes are decimal; `artifact_bytes` = weights file + code as shipped."""
-
-    kind: Literal["export"] = "export"
-    artifact_path: str
-    artifact_sha256: str
-    artifact_bytes: int
-    weights_bytes: int
-    code_bytes: int
-    tokenizer_bytes: int = Field(description="Shown apart; the competition does not count it.")
-    scheme: str = Field(description="Such as int6+zlib.")
-    params: int
-    max_abs_error: float = Field(description="Largest |weight - dequantised weight|, proved on the reloaded bytes.")
-
-
-class EvaluateResult(_Value):
-    """`result.json` of `evaluate`: a score, and the hash of the very bytes that were scored."""
-
-    kind: Literal["evaluate"] = "evaluate"
-    source_path: str
-    source_sha256: str
-    source_kind: Literal["artifact", "model"]
-    val_loss: float
-    val_bpb: float
-    val_sha256: str
-    val_tokens: int
-    val_bytes: int
-    wall_seconds: float
-    device: str | None = Field(default=None, description="Name of the device that scored; None in older files.")
-    compute_dtype: str | None = Field(
-        default=None, description="Of the matrix products, such as bfloat16, which moves a score a little."
-    )
-    metric: Literal["plain", "sliding"] = Field(
-        default="plain", description="Windows side by side, or sliding ones: two numbers that are never compared."
-    )
-    context: int | None = Field(default=None, description="Tokens of a window; None in older files.")
-    stride: int | None = Field(default=None, description="Of sliding windows.")
-    world_size: int = Field(default=1, description="Processes that shared the windows.")
-    scoring_seconds: float | None = Field(default=None, description="Of the pass itself: not loading, not compiling.")
-    peak_memory_bytes: int | None = Field(default=None, description="CUDA memory at most, of this process.")
-
-
-Result = TrainResult | ExportResult | EvaluateResult
-
-
-class _ResultFile(BaseModel):
-    result: Result = Field(discriminator="kind")
-
-
-def result_json(result: Result) -> str:
-    """The text of a `result.json`. Raises ValueError on a score that is not finite."""
-    for name in ("val_loss", "val_bpb"):
-        value = getattr(result, name, 0.0)
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: a result must be finite")
-    return _ResultFile(result=result).model_dump_json(indent=2) + "\n"
-
-
-def parse_result(text: str, where: str) -> Result:
-    """Read the text of a `result.json`. Raises ValueError naming `where` and the field."""
-    try:
-        return _ResultFile.model_validate_json(text).result
-    except ValidationError as error:
-        raise ValueError(f"{where} is not a result of a trainer: {error}") from error
-
-
-def read_result(path: Path) -> Result:
-    """Read a `result.json`. Raises OSError, or ValueError naming the file and the field."""
-    return parse_result(path.read_text(encoding="utf-8"), str(path))

@@ -11,11 +11,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import ExportConfig, ModelConfig, TrainConfig
+from trainer.parameters import parameters
 
 INFERENCE_MODULES = (
     "trainer",
     "trainer.artifact",
     "trainer.config",
+    "trainer.config_section",
     "trainer.data",
     "trainer.data.byte_table",
     "trainer.data.manifest",
@@ -31,6 +33,10 @@ INFERENCE_MODULES = (
     "trainer.model.head",
     "trainer.model.norm",
     "trainer.model.recurrence",
+    "trainer.model_config",
+    "trainer.optimization_config",
+    "trainer.parameters",
+    "trainer.presets",
     "trainer.quantization",
     "trainer.quantization.coding",
     "trainer.quantization.fake_quant",
@@ -86,21 +92,7 @@ class SizeEstimate:
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the GPT's state dict with its shape, in the state dict's order. The tied head counts once."""
-    dim, kv_dim, hidden = model.model_dim, model.num_kv_heads * model.head_dim, model.mlp_dim
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (model.vocab_size, dim)}
-    for layer in range(model.num_layers):
-        shapes |= {
-            f"blocks.{layer}.attn_scale": (dim,),
-            f"blocks.{layer}.mlp_scale": (dim,),
-            f"blocks.{layer}.attn.q_gain": (model.num_heads,),
-            f"blocks.{layer}.attn.q.weight": (dim, dim),
-            f"blocks.{layer}.attn.k.weight": (kv_dim, dim),
-            f"blocks.{layer}.attn.v.weight": (kv_dim, dim),
-            f"blocks.{layer}.attn.proj.weight": (dim, dim),
-            f"blocks.{layer}.mlp.fc.weight": (hidden, dim),
-            f"blocks.{layer}.mlp.proj.weight": (dim, hidden),
-        }
-    return shapes
+    return {name: parameter.shape for name, parameter in parameters(model).items()}
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -108,8 +100,8 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def quantized_names(model: ModelConfig) -> frozenset[str]:
-    """The tensors that the exporter quantises: all matrices, the embedding included."""
-    return frozenset(name for name, shape in parameter_shapes(model).items() if len(shape) == 2)
+    """The tensors that the exporter quantises: the blocks' matrices, the embeddings and the head."""
+    return frozenset(name for name, parameter in parameters(model).items() if parameter.quantized)
 
 
 def scheme_name(export: ExportConfig) -> str:

@@ -123,7 +123,7 @@ class Spec(_Section):
             for field in ("log", "track", "working_directory"):
                 if getattr(self, field) is not None:
                     raise ValueError(f"{field} belongs to command specs")
-            self.train_config(self.seeds[0]).require_reachable_loop()
+            self.train_config(self.seeds[0]).require_feasible()
         if self.name in self.after:
             raise ValueError("an experiment cannot wait for itself")
         return self

@@ -26,7 +26,8 @@ from trainer.analysis.token_statistics import (
 )
 from trainer.data.byte_table import SPACE
 from trainer.data.casing import CAP, ESC, TITLE
-from trainer.data.tokenizer import BOS, open_tokenizer
+from trainer.data.shards import BOS
+from trainer.data.tokenizer import open_tokenizer
 
 losses_of_tokens = arrays.arrays(
     np.float32, st.integers(1, 400), elements=st.floats(0, 20, width=32, allow_subnormal=False)

@@ -87,9 +87,9 @@ def test_a_loop_that_would_start_after_the_last_step_is_refused(limits: dict[str
             }
         )
 
-    config(last_start).require_reachable_loop()
+    config(last_start).require_feasible()
     with pytest.raises(InputError, match="the loop would never train"):
-        config(last_start + 1e-6).require_reachable_loop()
+        config(last_start + 1e-6).require_feasible()
 
 
 @given(seq_len=st.integers(1, 9000), windows=st.integers(1, 5000))

@@ -25,8 +25,8 @@ from trainer.data.normalization import (
     normalized_for_training,
 )
 from trainer.data.prose import gather
-from trainer.data.shards import Tokens, write_shard
-from trainer.data.tokenizer import BOS, TokenizerError, train_tokenizer
+from trainer.data.shards import BOS, Tokens, write_shard
+from trainer.data.tokenizer import TokenizerError, train_tokenizer
 from trainer.errors import InputError
 
 CORPUS = [f"The cat sat on the MAT, and then {word} sat there; Naïve café 12{i}" for i, word in enumerate("abcde" * 40)]

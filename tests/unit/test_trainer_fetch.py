@@ -22,8 +22,8 @@ from trainer.data.encoding import Encoder, EncoderSettings
 from trainer.data.fetch import VARIANTS, fetch
 from trainer.data.hub_download import FetchError, list_files
 from trainer.data.manifest import MANIFEST_NAME, DataSet, DataSetError
-from trainer.data.shards import HEADER_BYTES, ShardError, open_shard, write_shard
-from trainer.data.tokenizer import BOS, TokenizerError, train_tokenizer
+from trainer.data.shards import BOS, HEADER_BYTES, ShardError, open_shard, write_shard
+from trainer.data.tokenizer import TokenizerError, train_tokenizer
 from trainer.data.verification import verify
 from trainer.errors import InputError
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from trainer.config import DataOrder
 from trainer.data import packing
 from trainer.data.loader import Batch, TokenLoader
-from trainer.data.shards import HEADER_BYTES, ShardError, write_shard
+from trainer.data.shards import BOS, HEADER_BYTES, ShardError, write_shard
 from trainer.data.token_stream import TokenStream
-from trainer.data.tokenizer import BOS
 
 VOCAB = 3000
 ORDERS: tuple[DataOrder, ...] = get_args(DataOrder)

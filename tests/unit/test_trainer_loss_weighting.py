@@ -17,8 +17,8 @@ from trainer.data.casing import MARKS
 from trainer.data.describing import Provenance, describe
 from trainer.data.encoding import Encoder, EncoderSettings
 from trainer.data.manifest import DataSet
-from trainer.data.shards import write_shard
-from trainer.data.tokenizer import BOS, open_tokenizer, train_tokenizer
+from trainer.data.shards import BOS, write_shard
+from trainer.data.tokenizer import open_tokenizer, train_tokenizer
 from trainer.loss_weighting import ByteWeightedLoss, byte_weighting
 from trainer.model.gpt import GPT
 from trainer.model.head import CHUNK_ROWS, softcapped_logits, weighted_loss

@@ -18,9 +18,9 @@ from trainer.data.manifest import DataSet, DataSetError
 from trainer.data.prepare import prepare
 from trainer.data.prose import gather
 from trainer.data.reencode import ReencodingError, reencode
-from trainer.data.shards import write_shard
+from trainer.data.shards import BOS, write_shard
 from trainer.data.splitting import SeededBytes
-from trainer.data.tokenizer import BOS, EOS, UNK, TokenizerError, open_tokenizer, train_tokenizer
+from trainer.data.tokenizer import EOS, UNK, TokenizerError, open_tokenizer, train_tokenizer
 
 RULE = SeededBytes(val_bytes=5000, seed=7)
 

@@ -20,7 +20,8 @@ from trainer.data.casing import MARKS
 from trainer.data.decoding import Decoder
 from trainer.data.normalization import RULE
 from trainer.data.prose import gather
-from trainer.data.tokenizer import BOS, TokenizerError, check_tokenizer, open_tokenizer, train_tokenizer
+from trainer.data.shards import BOS
+from trainer.data.tokenizer import TokenizerError, check_tokenizer, open_tokenizer, train_tokenizer
 from trainer.data.tokenizer_report import tokenizer_report
 from trainer.errors import InputError
 

@@ -17,8 +17,8 @@ from trainer.data.describing import Provenance, describe
 from trainer.data.encoding import Encoded, Encoder, EncoderSettings
 from trainer.data.file_checks import Fault
 from trainer.data.manifest import MANIFEST_NAME
-from trainer.data.shards import HEADER_BYTES, Tokens, open_shard, write_shard
-from trainer.data.tokenizer import BOS, MarkIds, open_tokenizer, train_tokenizer
+from trainer.data.shards import BOS, HEADER_BYTES, Tokens, open_shard, write_shard
+from trainer.data.tokenizer import MarkIds, open_tokenizer, train_tokenizer
 from trainer.data.verification import VerifyReport, verify
 from trainer.durable import sha256_of
 

@@ -11,8 +11,7 @@ import numpy as np
 from trainer.analysis.findings import AnalysisError, Group
 from trainer.analysis.token_statistics import Counts, GroupSums, Losses
 from trainer.data.manifest import DataSet
-from trainer.data.shards import Tokens
-from trainer.data.tokenizer import BOS
+from trainer.data.shards import BOS, Tokens
 
 TOP_SOURCES = 20
 UNKNOWN = "(unknown)"

@@ -9,8 +9,7 @@ from trainer.data.defaults import TOKENIZER_NAME
 from trainer.data.describing import Provenance, describe, sidecar_name
 from trainer.data.manifest import MANIFEST_NAME, DataSet, DataSetError
 from trainer.data.shard_stream import UNFINISHED
-from trainer.data.shards import HEADER_BYTES, open_shard
-from trainer.data.tokenizer import BOS
+from trainer.data.shards import BOS, HEADER_BYTES, open_shard
 from trainer.durable import write_whole
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from trainer.data.byte_table import SPACE, ByteTable
 from trainer.data.casing import unfold
-from trainer.data.shards import Tokens, open_shard
-from trainer.data.tokenizer import BOS, MarkIds, open_tokenizer
+from trainer.data.shards import BOS, Tokens, open_shard
+from trainer.data.tokenizer import MarkIds, open_tokenizer
 
 # Tokens searched for BOS in one go.
 _CHUNK_TOKENS = 1 << 22

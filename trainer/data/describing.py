@@ -22,8 +22,8 @@ from trainer.data.manifest import (
     text_sha256,
 )
 from trainer.data.parallel import usable_cores
-from trainer.data.shards import HEADER_BYTES, Tokens, check_tokens, open_shard
-from trainer.data.tokenizer import BOS, open_tokenizer
+from trainer.data.shards import BOS, HEADER_BYTES, Tokens, check_tokens, open_shard
+from trainer.data.tokenizer import open_tokenizer
 from trainer.durable import sha256_of
 
 # Tokens looked at in one go, by each of a few threads: their bytes are counted in int64 arrays of some 15 MB.

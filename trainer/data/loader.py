@@ -21,9 +21,8 @@ from torch import Tensor
 from trainer.config import DataOrder
 from trainer.data.packing import PackedDocuments, document_lengths, most_pieces
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import Tokens
+from trainer.data.shards import BOS, Tokens
 from trainer.data.token_stream import TokenStream
-from trainer.data.tokenizer import BOS
 from trainer.data.window_order import Pieces, SequentialWindows, ShuffledWindows, WindowOrder
 from trainer.errors import InputError
 

@@ -19,8 +19,8 @@ from trainer.data.byte_table import ByteTable
 from trainer.data.encoding import original_bytes
 from trainer.data.file_checks import AGAIN, Fault, file_faults, header_faults
 from trainer.data.manifest import FileEntry, ShardEntry
-from trainer.data.shards import HEADER_BYTES, ShardError, Tokens, open_shard
-from trainer.data.tokenizer import BOS, EOS, PAD, UNK, MarkIds
+from trainer.data.shards import BOS, HEADER_BYTES, ShardError, Tokens, open_shard
+from trainer.data.tokenizer import EOS, PAD, UNK, MarkIds
 
 DIGEST_BYTES = 16
 _CHUNK_TOKENS = 4_000_000

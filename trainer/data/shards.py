@@ -17,6 +17,8 @@ from trainer.errors import InputError
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
+BOS = 1
+"""The token that begins each document."""
 
 Tokens = npt.NDArray[np.uint16]
 

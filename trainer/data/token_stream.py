@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.shards import ShardError, Tokens, check_tokens, open_shard
-from trainer.data.tokenizer import BOS
+from trainer.data.shards import BOS, ShardError, Tokens, check_tokens, open_shard
 
 Positions = npt.NDArray[np.int64]
 

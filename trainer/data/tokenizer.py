@@ -21,9 +21,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from trainer.data.byte_table import SPACE
 from trainer.data.casing import ESC, MARKS, fold
 from trainer.data.normalization import RULE, normalized_for_training
+from trainer.data.shards import BOS
 from trainer.errors import InputError
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+PAD, EOS, UNK = 0, 2, 3
 # Sentences beyond this many bytes would be skipped without a word; the default of 4,192 skips most documents.
 _MAX_SENTENCE_BYTES = 1 << 30
 _QUIET = 2
