@@ -140,7 +140,7 @@ def best(
     workspace: WorkspaceOption = HERE,
     track: Annotated[str | None, typer.Option(help="Only this track, as the table names it.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="raw, ema, artifact or sliding; default: artifact where one was scored.")
+        str | None, typer.Option(help="raw, ema, artifact, sliding or ttt; default: artifact where one was scored.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows per track.")] = 10,
     as_json: JsonOption = False,

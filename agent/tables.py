@@ -148,7 +148,7 @@ def runs(trials: Sequence[TrialView], projections: Mapping[int, ProjectionRecord
 
 
 def leaderboard(boards: Sequence[Leaderboard]) -> None:
-    """One table per track. BPB in four columns that are never compared with one another."""
+    """One table per track. BPB in columns that are never compared with one another."""
     if not boards:
         say("no finished scores yet")
     for board in boards:
@@ -184,6 +184,7 @@ def _score(row: BoardRow, metric: Metric) -> float | None:
         Metric.EMA: row.ema_bpb,
         Metric.ARTIFACT: row.artifact_bpb,
         Metric.SLIDING: row.sliding_bpb,
+        Metric.TTT: row.ttt_bpb,
     }
     return scores[metric]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.checkpoint import save_model
 from trainer.config import BatchConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.describing import Provenance, describe, sidecar_name
 from trainer.data.encoding import Encoder, EncoderSettings
@@ -17,6 +16,7 @@ from trainer.data.manifest import DataSet
 from trainer.data.shards import write_shard
 from trainer.data.tokenizer import train_tokenizer
 from trainer.model.gpt import GPT
+from trainer.model_file import save_model
 
 WORDS = ["the", "cat", "Sat", "on", "it", "for", "naïve", "漢字", "12", "a", "NASA,"]
 

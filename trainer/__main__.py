@@ -1,13 +1,13 @@
-"""`python -m trainer VERB`: train, export, evaluate, analyse; data. Takes paths, writes `result.json`."""
+"""`python -m trainer VERB`: train, export, evaluate, average, analyse, presets; data. Paths in, `result.json` out."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,10 +17,9 @@ from trainer.data.commands import data_app
 from trainer.durable import write_whole
 from trainer.errors import InputError
 from trainer.report import RESULT_NAME, ExitCode, Reporter, Result, result_json
+from trainer.scoring_options import EvaluateOptions, WindowOptions
 from trainer.shared_options import sharing
-
-if TYPE_CHECKING:
-    from trainer.scoring import ScoringRequest
+from trainer.soup_options import SoupOptions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
@@ -29,40 +28,37 @@ DataDir = Annotated[Path, typer.Option("--data", help="Folder made by `data prep
 OutDir = Annotated[Path, typer.Option("--out", help="Folder for what is made, and its result.json.")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowOptions:
-    """How a model is run over the validation stream: what `evaluate` and `analyse` have in common."""
-
-    stride: Annotated[
-        int | None, typer.Option(help="Score sliding windows, each so many tokens further; 64 is usual.")
-    ] = None
-    context: Annotated[int | None, typer.Option(help="Tokens of a sliding window; default: as in training.")] = None
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Default: for sliding windows on CUDA only.")
-    ] = None
-
-    def request(self, source: Path, data: Path) -> ScoringRequest:
-        from trainer.scoring import ScoringRequest  # noqa: PLC0415
-
-        return ScoringRequest(source=source, data=data, **asdict(self))
-
-
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="JSON of a TrainConfig.")],
+    *,
     data: DataDir,
     out: OutDir,
     checkpoints: Annotated[Path | None, typer.Option(help="Default: OUT/checkpoints.")] = None,
     resume: Annotated[str | None, typer.Option(help="`auto`, or a checkpoint file.")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint to branch off, or a model.pt, unless there is a run to resume."),
+    ] = None,
 ) -> None:
-    """Train one model; writes OUT/model.pt and OUT/result.json."""
+    """Train one model; writes OUT/model.pt and OUT/result.json.
+
+    Under torchrun the processes share each batch, and the first one tells and writes.
+    """
     with bad_input_is_one_line():
         settings = TrainConfig.from_file(config)
         from trainer.loop import train as run  # noqa: PLC0415 - torch only for the verbs that need it
+        from trainer.ranks import Ranks  # noqa: PLC0415
 
-        code = run(settings, data, out, checkpoints or out / "checkpoints", resume)
+        code = run(
+            settings,
+            data,
+            out,
+            checkpoints or out / "checkpoints",
+            resume,
+            init_from=init_from,
+            ranks=Ranks.from_environment(),
+        )
     raise typer.Exit(int(code))
 
 
@@ -87,13 +83,13 @@ def export(
 
 
 @app.command()
-@sharing(WindowOptions)
+@sharing(EvaluateOptions)
 def evaluate(
     source: Annotated[Path, typer.Argument(help="An artifact, or a model.pt.")],
     *,
     data: DataDir,
     out: OutDir,
-    options: WindowOptions,
+    options: EvaluateOptions,
 ) -> None:
     """Score an artifact from its bytes alone, or a model as trained, on the whole validation stream.
 
@@ -112,6 +108,28 @@ def evaluate(
         if ranks.first:
             _write_result(out, result)
             Reporter().note(final_line(result, scoring.scheme))
+
+
+@app.command()
+@sharing(SoupOptions)
+def average(
+    files: Annotated[list[Path], typer.Argument(help="Snapshots, a model.pt, or checkpoints, of one shape and data.")],
+    *,
+    data: DataDir,
+    out: OutDir,
+    options: SoupOptions,
+) -> None:
+    """Average the weights of several files into OUT/model.pt and score it.
+
+    The shares are chosen on the validation losses of the files, so the score flatters a little.
+    """
+    with _scoring_ends_in_one_line():
+        from trainer.souping import average as run  # noqa: PLC0415
+        from trainer.souping import table  # noqa: PLC0415
+
+        result = run(files, data, out, options.soup(), say=Reporter(sys.stderr).note)
+        _write_result(out, result)
+    Reporter().note(table(result))
 
 
 @app.command()
@@ -142,6 +160,22 @@ def analyse(
 
             written = run(options.request(source, data), out, say=Reporter(sys.stderr).note)
         text = show(written, out, plots=plots)
+    Reporter().note(text)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print the whole settings of this one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The table for programs.")] = False,
+) -> None:
+    """Named starting points for a configuration: their sizes, work and memory; with NAME, settings to paste."""
+    with bad_input_is_one_line():
+        from trainer import presets_table  # noqa: PLC0415 - predicts sizes, for this verb only
+
+        if name is not None:
+            text = presets_table.preset_settings(name)
+        else:
+            text = json.dumps(presets_table.presets_json(), indent=2) if as_json else presets_table.presets_table()
     Reporter().note(text)
 
 

@@ -4,7 +4,7 @@
     4 bytes   little-endian length of the manifest
     32 bytes  SHA-256 of the manifest
     manifest  JSON, deflated: config, tensor table, lengths and SHA-256 of the payload
-    payload   one stream of integers per matrix, then one stream of fp16 numbers (row scales and vectors)
+    payload   one stream of integers per matrix, then one stream of fp16 numbers (row scales, and gains and gates)
 
 A reader checks every length against the file and every shape against the config before it allocates, and both
 hashes before it believes; whatever is wrong is an ArtifactError.
@@ -25,9 +25,9 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.errors import InputError
 from trainer.model.gpt import GPT
+from trainer.parameters import parameter_count, parameter_shapes, quantized_names
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
-from trainer.sizing import parameter_count, parameter_shapes, quantized_names, scheme_name
 
 MAGIC = b"caddie\x00\x02"
 _LENGTH_BYTES = 4
@@ -37,6 +37,7 @@ _MAX_MANIFEST_BYTES = 1 << 20
 # More parameters than this no coded model holds: even a matrix of zeros is not most of a model.
 _MAX_VALUES_PER_BYTE = 64
 _VALUES_FOR_FREE = 10_000_000
+_HALF_BITS = 16
 
 
 class ArtifactError(InputError):
@@ -48,7 +49,8 @@ class _Value(BaseModel):
 
 
 class TensorEntry(_Value):
-    """A tensor's place: a matrix has `length` bytes of integers at `offset`; scales or elements begin at `half`."""
+    """A tensor's place: quantised, `length` bytes of integers at `offset` and a scale for each row from `half` on;
+    unquantised, all its numbers from `half` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,6 +58,11 @@ class TensorEntry(_Value):
     offset: int = Field(ge=0, description="From the beginning of the payload.")
     length: int = Field(ge=0)
     half: int = Field(ge=0, description="Index of the first fp16 number.")
+
+    @property
+    def halves(self) -> int:
+        """How many fp16 numbers it has."""
+        return math.prod(self.shape) if self.bits == _HALF_BITS else self.shape[0]
 
 
 class ArtifactManifest(_Value):
@@ -90,7 +97,7 @@ class Artifact:
 
 
 def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: str, recurrence_active: bool) -> bytes:
-    """The artifact's bytes: matrices quantised as `config.export` says, vectors in fp16.
+    """The artifact's bytes: matrices quantised as `config.export` says, gains and gates in fp16.
 
     Raises InputError if the tensors are not those of the config, or a number is not finite in fp16.
     """
@@ -108,7 +115,7 @@ def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: 
             values, numbers = quantize(state[name].cpu(), config.export.bits, config.export.clip_sigma)
             stream, bits = encode(values.numpy().tobytes()), config.export.bits
         else:
-            numbers, stream, bits = _as_half(name, state[name]), b"", 16
+            numbers, stream, bits = _as_half(name, state[name]), b"", _HALF_BITS
         entries.append(TensorEntry(name=name, shape=shape, bits=bits, offset=offset, length=len(stream), half=half))
         streams.append(stream)
         halves.append(numbers)
@@ -116,7 +123,7 @@ def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: 
     streams.append(encode_halves(torch.cat(halves).numpy().astype("<f2").tobytes()))
     payload = b"".join(streams)
     manifest = ArtifactManifest(
-        scheme=scheme_name(config.export),
+        scheme=config.export.scheme,
         config=config.model_dump_json(),
         vocab_size=config.model.vocab_size,
         recurrence_active=recurrence_active,
@@ -163,7 +170,7 @@ def _unpack(data: bytes) -> Artifact:
     raw = decode_halves(bytes(payload[manifest.halves_offset : end]), manifest.halves)
     halves = torch.frombuffer(bytearray(raw), dtype=torch.float16)
     if not bool(torch.isfinite(halves).all()):
-        raise ArtifactError("a scale or a vector is not finite")
+        raise ArtifactError("a scale or a gain is not finite")
     state = {entry.name: _tensor(entry, payload, halves) for entry in manifest.tensors}
     return Artifact(config=config, manifest=manifest, state=state, sha256=hashlib.sha256(data).hexdigest())
 
@@ -197,14 +204,14 @@ def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
     shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
     if {entry.name: entry.shape for entry in manifest.tensors} != shapes or len(manifest.tensors) != len(shapes):
         raise ArtifactError("the tensor table is not that of the config")
-    if manifest.vocab_size != config.model.vocab_size or manifest.scheme != scheme_name(config.export):
+    if manifest.vocab_size != config.model.vocab_size or manifest.scheme != config.export.scheme:
         raise ArtifactError("vocabulary or scheme are not those of the config")
     offset = half = 0
     for entry in manifest.tensors:
-        bits = config.export.bits if entry.name in quantized else 16
+        bits = config.export.bits if entry.name in quantized else _HALF_BITS
         if (entry.bits, entry.offset, entry.half) != (bits, offset, half):
             raise ArtifactError(f"{entry.name} lies at {entry.offset}/{entry.half} instead of {offset}/{half}")
-        offset, half = offset + entry.length, half + entry.shape[0]
+        offset, half = offset + entry.length, half + entry.halves
     if (manifest.halves_offset, manifest.halves) != (offset, half):
         raise ArtifactError("the fp16 numbers do not follow the matrices")
     if offset + manifest.halves_length != manifest.payload_bytes:
@@ -213,9 +220,9 @@ def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
 
 def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
     """The dequantised fp32 tensor of an entry that `_check_table` has passed."""
-    numbers = halves[entry.half : entry.half + entry.shape[0]]
-    if entry.bits == 16:
-        return numbers.to(torch.float32)
+    numbers = halves[entry.half : entry.half + entry.halves]
+    if entry.bits == _HALF_BITS:
+        return numbers.to(torch.float32).view(entry.shape)
     raw = decode(bytes(payload[entry.offset : entry.offset + entry.length]), math.prod(entry.shape))
     values = torch.frombuffer(bytearray(raw), dtype=torch.int8).view(entry.shape)
     limit = largest_value(entry.bits)
@@ -224,8 +231,9 @@ def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
     return dequantize(values, numbers)
 
 
-def _as_half(name: str, vector: Tensor) -> Tensor:
-    half = vector.detach().cpu().to(torch.float16)
+def _as_half(name: str, tensor: Tensor) -> Tensor:
+    """All its numbers in fp16, flat."""
+    half = tensor.detach().cpu().to(torch.float16).flatten()
     if not bool(torch.isfinite(half).all()):
         raise InputError(f"{name} holds a number that fp16 cannot: the run diverged, take an earlier checkpoint")
     return half

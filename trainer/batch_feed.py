@@ -10,20 +10,35 @@ from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
 from trainer.data.loader import Batch, TokenLoader
 from trainer.data.manifest import DataSet
+from trainer.ranks import ALONE, Ranks
 from trainer.report import Event
 
 
-def open_loader(config: TrainConfig, dataset: DataSet, device: torch.device) -> TokenLoader:
-    """Micro-batches of the train shards as the configuration wants them. Raises OSError or InputError."""
+def open_loader(
+    config: TrainConfig,
+    dataset: DataSet,
+    device: torch.device,
+    *,
+    micro_tokens: int | None = None,
+    ranks: Ranks = ALONE,
+) -> TokenLoader:
+    """This process's micro-batches of the train shards as the configuration wants them, with the documents'
+    boundaries where attention stays within them, or where a cut document may begin in mid-row for the smear gate.
+    `micro_tokens` are those of one process; default: the configuration's. Raises OSError or InputError.
+    """
+    packed = config.data.order == "documents"
     return TokenLoader(
         dataset.train_shards,
-        config.batch.micro_tokens,
+        config.batch.micro_tokens if micro_tokens is None else micro_tokens,
         config.batch.train_seq_len,
         seed=config.seed,
         device=device,
         vocab_size=config.model.vocab_size,
         order=config.data.order,
         prefetch_batches=config.data.prefetch_batches,
+        boundaries=config.model.document_attention or (config.model.smear_gate and packed),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
 
 
@@ -47,6 +62,13 @@ class BatchFeed:
         before = self._clock.seconds
         batch = self._loader.next_batch()
         self.waited_seconds += self._clock.seconds - before
+        return batch
+
+    def first_batch(self) -> Batch:
+        """What `next_batch` will give, which it does not take away."""
+        state = self._loader.state_dict()
+        batch = self._loader.next_batch()
+        self._loader.load_state_dict(state)
         return batch
 
     def wait_share(self) -> float:

@@ -1,83 +1,24 @@
-"""Files of weights: final models, and checkpoints from which a run goes on as if it had never stopped.
-
-Both are plain dictionaries of tensors, numbers and strings written by torch.save and read with
-`weights_only=True`, so that reading a file never runs code from it. They appear whole or not at all, and every
-byte of their contents is checked against the archive's CRC-32 before it is believed.
-"""
+"""Checkpoints, from which a run goes on as if it had never stopped; `trainer.model_file` says how they are written."""
 
 from __future__ import annotations
 
 import logging
-import pickle
-import struct
-import zipfile
-import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
-from trainer import sizing
 from trainer.config import TrainConfig
-from trainer.data.manifest import DataSet
-from trainer.durable import replacing
-from trainer.errors import InputError
-from trainer.model.gpt import GPT
+from trainer.model_file import CheckpointError, load_whole, require_shapes, save_whole
 
 log = logging.getLogger(__name__)
 
-MODEL_FORMAT = "caddie-model-2"
 CHECKPOINT_FORMAT = "caddie-checkpoint-2"
-KEEP = 2
-
-# Whatever zipfile and torch raise on bytes that are not theirs.
-_READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-class CheckpointError(InputError):
-    """A model or checkpoint file that cannot be used; the message names the file and what to do."""
 
 
 class OtherConfigurationError(CheckpointError):
     """A sound checkpoint, but of another configuration: an older one would be no better."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedModel:
-    """What a file of final weights says. `model` is as training ended, with fake quantisation off."""
-
-    path: Path
-    model: GPT
-    config: TrainConfig
-    tokenizer_sha256: str
-    val_sha256: str
-
-    def require_data(self, dataset: DataSet) -> None:
-        """Raise CheckpointError unless `dataset` has the tokenizer and the validation set of the training."""
-        manifest, vocab_size = dataset.manifest, self.config.model.vocab_size
-        if vocab_size != manifest.vocab_size:
-            what = f"a vocabulary of {vocab_size}, the data in {dataset.path} one of {manifest.vocab_size}"
-        elif self.tokenizer_sha256 != manifest.tokenizer.sha256:
-            what = f"another tokenizer than the data in {dataset.path}"
-        elif not dataset.is_validation_set(self.val_sha256):
-            what = f"another validation set than the data in {dataset.path}"
-        else:
-            return
-        raise CheckpointError(f"{self.path} was trained with {what}; give the data that it was trained on")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,56 +41,28 @@ class Checkpoint:
     loader: dict[str, Any]
     rng: dict[str, Tensor]
     data_wait_seconds: float = 0.0
+    flops: float = 0.0
+    """Of the matrix products of all steps, `trainer.flops`."""
+    loop_gate: float = 1.0
+    averaging: dict[str, Any] = field(default_factory=dict)
+    init_from_sha256: str = ""
+    """Of the file that the run branched off; empty if it began from scratch."""
 
 
-def save_model(path: Path, model: GPT, config: TrainConfig, *, tokenizer_sha256: str, val_sha256: str) -> None:
-    """Write final weights and the state of the loop, whole or not at all. The hashes tie them to their data.
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}.pt"
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Write `step_NNNNNNNN.pt` and remove all but the newest `keep` checkpoints; the one just written always stays.
 
     Raises OSError.
     """
-    content = {
-        "format": MODEL_FORMAT,
-        "config": config.to_json(),
-        "recurrence_active": model.recurrence_active,
-        "tokenizer_sha256": tokenizer_sha256,
-        "val_sha256": val_sha256,
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
-    }
-    _save(path, content)
-
-
-def load_model(path: Path, device: torch.device | str) -> SavedModel:
-    """Read final weights as they were at the end of the run: the loop on or off as then, fake quantisation off.
-
-    Raises OSError, or CheckpointError for anything that is not a whole model file of this version.
-    """
-    data = _load(path, MODEL_FORMAT)
-    try:
-        config = TrainConfig.model_validate_json(data["config"])
-        state, recurrence_active = data["state_dict"], bool(data["recurrence_active"])
-        tokenizer_sha256, val_sha256 = str(data["tokenizer_sha256"]), str(data["val_sha256"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole model file: {error}") from error
-    _require_shapes(path, state, config)
-    model = GPT(config.model, config.export)
-    model.load_state_dict(state)
-    model.set_recurrence(recurrence_active)
-    return SavedModel(
-        path=path,
-        model=model.to(device),
-        config=config,
-        tokenizer_sha256=tokenizer_sha256,
-        val_sha256=val_sha256,
-    )
-
-
-def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `step_NNNNNNNN.pt` and remove all but the newest KEEP checkpoints; the one just written always stays."""
-    path = directory / f"step_{checkpoint.step:08d}.pt"
+    path = directory / checkpoint_name(checkpoint.step)
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-    _save(path, {"format": CHECKPOINT_FORMAT, **content})
+    save_whole(path, {"format": CHECKPOINT_FORMAT, **content})
     others = [other for other in newest_first(directory) if other != path]
-    for old in others[KEEP - 1 :]:
+    for old in others[max(keep, 1) - 1 :]:
         old.unlink(missing_ok=True)
     return path
 
@@ -160,7 +73,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises OSError, CheckpointError if it is not a whole one of this version, or OtherConfigurationError if its
     configuration cannot be read.
     """
-    data = _load(path, CHECKPOINT_FORMAT)
+    data = load_whole(path, CHECKPOINT_FORMAT)
     data.pop("format")
     try:
         checkpoint = Checkpoint(**data)
@@ -172,7 +85,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path} is not a whole checkpoint: {name} is a {type(value).__name__}; take an earlier one"
             )
-    _require_shapes(path, checkpoint.model, _config_of(path, checkpoint))
+    require_shapes(path, checkpoint.model, config_of(path, checkpoint))
     return checkpoint
 
 
@@ -206,23 +119,17 @@ def find_checkpoint(resume: str | None, directory: Path, config: TrainConfig) ->
     return None
 
 
-def _config_of(path: Path, checkpoint: Checkpoint) -> TrainConfig:
+def config_of(path: Path, checkpoint: Checkpoint) -> TrainConfig:
+    """The configuration that `path` was made with. Raises OtherConfigurationError."""
     try:
         return TrainConfig.model_validate_json(checkpoint.config)
     except ValueError as error:
         raise OtherConfigurationError(f"{path} has a configuration that this version cannot read: {error}") from error
 
 
-def _require_shapes(path: Path, state: object, config: TrainConfig) -> None:
-    tensors = state if isinstance(state, dict) else {}
-    found = {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in tensors.items()}
-    if found != sizing.parameter_shapes(config.model):
-        raise CheckpointError(f"{path}: the weights' names and shapes are not those of the configuration beside them")
-
-
 def _check_same_config(path: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
-    theirs = _config_of(path, checkpoint)
-    difference = _first_difference(theirs.model_dump(mode="json"), config.model_dump(mode="json"))
+    theirs = config_of(path, checkpoint)
+    difference = first_difference(theirs.model_dump(mode="json"), config.model_dump(mode="json"))
     if difference is not None:
         field, was, asked = difference
         raise OtherConfigurationError(
@@ -231,45 +138,13 @@ def _check_same_config(path: Path, checkpoint: Checkpoint, config: TrainConfig) 
         )
 
 
-def _first_difference(was: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(was: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """Where two nested mappings differ first, the keys joined by dots after `prefix`, with both values."""
     for key in [*was, *(key for key in asked if key not in was)]:
         left, right = was.get(key), asked.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            if (inner := _first_difference(left, right, f"{prefix}{key}.")) is not None:
+            if (inner := first_difference(left, right, f"{prefix}{key}.")) is not None:
                 return inner
         elif left != right:
             return f"{prefix}{key}", left, right
     return None
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    try:
-        with replacing(path) as stream:
-            torch.save(content, stream)
-    except (OSError, RuntimeError) as error:
-        # After a failed write, such as on a full disk, torch's writer fails again and hides why.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and (cause is not error or cause.filename is None):
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
-
-
-def _load(path: Path, expected: str) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        try:
-            _require_intact(stream)
-            data = torch.load(stream, map_location="cpu", weights_only=True)
-        except _READ_ERRORS as error:
-            raise CheckpointError(f"{path} cannot be read (damaged, or not a file of the trainer): {error}") from error
-    if not isinstance(data, dict) or data.get("format") != expected:
-        raise CheckpointError(f"{path} is not a file of the format {expected}")
-    return data
-
-
-def _require_intact(stream: IO[bytes]) -> None:
-    """Compare the contents of torch's archive with their CRC-32, which torch itself only writes."""
-    with zipfile.ZipFile(stream) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"the bytes of {damaged} have changed")
-    stream.seek(0)

@@ -7,12 +7,13 @@ Values are frozen; unknown keys are errors, so that a misspelt option never pass
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.config_section import BatchTokens, Count, Fraction, Section
 from trainer.errors import InputError
@@ -25,9 +26,10 @@ from trainer.optimization_config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from trainer.presets import over_preset
+from trainer.presets import UNKNOWN_PRESET, over_preset, show_preset
 
 __all__ = [
+    "UNKNOWN_PRESET",
     "AttentionBackend",
     "AveragingConfig",
     "BatchConfig",
@@ -108,6 +110,11 @@ class ExportConfig(Section):
         default=None, gt=0, description="Clip rows at k standard deviations; default: the row's largest magnitude."
     )
 
+    @property
+    def scheme(self) -> str:
+        """What an artifact calls it, such as `int6+zlib`."""
+        return f"int{self.bits}+zlib"
+
 
 class TrainerSettings(Section):
     """Everything about a run that a spec's `trainer:` section says; seed and limits come from the spec itself.
@@ -115,6 +122,8 @@ class TrainerSettings(Section):
     `preset: NAME` begins from one of `trainer.presets`; whatever stands beside it changes that. The value holds the
     result, not the name.
     """
+
+    model_config = ConfigDict(json_schema_extra=show_preset)
 
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
@@ -128,6 +137,9 @@ class TrainerSettings(Section):
     export: ExportConfig = ExportConfig()
     log_every_steps: Count = Field(default=10, description="A train line each N steps (and for the first ten).")
     checkpoint_seconds: float = Field(default=120.0, gt=0, description="Wall seconds between periodic checkpoints.")
+    checkpoints_kept: int = Field(
+        default=2, ge=1, le=10_000, description="The newest N stay, to resume from or to branch off."
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(default=None, description="torch.compile; default: on CUDA yes, on CPU no.")
     attention_backend: AttentionBackend = Field(
@@ -220,4 +232,29 @@ class TrainConfig(TrainerSettings):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{path} is not a configuration: {error}") from error
+            raise InputError(f"{path} is not a configuration: {_told(error, cls)}") from error
+
+
+def _told(error: ValidationError, model: type[BaseModel]) -> str:
+    """Each problem with its place, and for a misspelt key the one that is nearest."""
+    problems = []
+    for problem in error.errors():
+        place, said = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            said = "there is no such setting"
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _names_in(model, problem["loc"][:-1]), n=1)
+            said += f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"{place}: {said}" if place else said)
+    return "; ".join(problems)
+
+
+def _names_in(model: type[BaseModel], section: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings in a section of a configuration; none if it is not one."""
+    for part in section:
+        field = model.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is None:
+            return []
+        model = inner
+    return [*model.model_fields, *(["preset"] if issubclass(model, TrainerSettings) else [])]

@@ -11,7 +11,7 @@ from the host and nothing waits for the device until the last batch is through.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +23,22 @@ from trainer.data.byte_table import ByteTable
 from trainer.data.manifest import DataSet, DataSetError
 from trainer.data.shards import Tokens, check_tokens, open_shard
 from trainer.errors import InputError
+from trainer.evaluation_boundaries import batch_boundaries, beginnings
 from trainer.evaluation_windows import WindowPlan, plain
 from trainer.ranks import ALONE, Ranks
 
 # Tokens whose bytes are counted in one go, in int64 arrays of some 40 MB.
 _CHUNK_TOKENS = 1_000_000
 
-TokenLosses = Callable[[Tensor, Tensor, int], Tensor]
-"""(inputs, targets, scored), `(rows, time)` int64 twice -> nats `(rows, scored)` of the last `scored` positions."""
+TokenLosses = Callable[..., Tensor]
+"""(inputs, targets, scored), `(rows, time)` int64 twice -> nats `(rows, scored)` of the last `scored` positions.
+
+Where boundaries are asked for it gets `cu_seqlens` too, see `trainer.evaluation_boundaries`.
+"""
+
+
+class UnusableWeightsError(InputError):
+    """The loss on the validation stream is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,32 +126,59 @@ def score(
     device: torch.device | str,
     on_scored: Sequence[OnScored] = (),
     ranks: Ranks = ALONE,
+    boundaries: bool = False,
 ) -> Score:
     """Score the stream by the plan's windows, this process's share of them, and add up over all processes.
 
     Each group of the plan is run in batches of one shape, `(rows, plan.context)` with as many rows as
     `batch_tokens` allows (one at least, and no more than the group has), so that a compiled model is compiled once
-    a group; the last batch is filled up with windows of which nothing counts.
+    a group; the last batch is filled up with windows of which nothing counts. With `boundaries` the losses are told
+    where documents begin.
 
     `on_scored` is called after each batch, outside of `no_grad`. The contract, for whoever changes the model while
     it is scored (test-time training): batches come in stream order; a batch's losses are final when it is handed
     over and are never taken again; so the model may be changed then, on that batch's tokens and earlier ones, and
     never before. A window of the next batch sees tokens of this one again, as context only.
 
-    Raises InputError if the loss is not finite, ValueError if the plan is not one of this stream.
+    Raises UnusableWeightsError if the loss is not finite, ValueError if the plan is not one of this stream.
     """
     if plan.scored != validation.positions:
         raise ValueError(f"the plan scores {plan.scored} positions of a stream that has {validation.positions}")
     own = plan.share(ranks.rank, ranks.world_size)
     # Not inference mode: what a model caches in there could not be trained with afterwards.
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in _scored_batches(own, token_losses, validation.tokens, batch_tokens, device):
+    batches = _Batches(token_losses, validation.tokens, batch_tokens, device, boundaries=boundaries)
+    for batch in batches.of(own):
         nats += torch.where(batch.valid, batch.losses, 0.0).sum(dtype=torch.float64)
         for observe in on_scored:
             observe(batch)
     (total_nats,) = ranks.sum_float64([float(nats)])
+    return score_of(total_nats, validation)
+
+
+def rehearse(
+    plan: WindowPlan,
+    token_losses: TokenLosses,
+    validation: ValidationStream,
+    *,
+    batch_tokens: int,
+    device: torch.device | str,
+    ranks: Ranks = ALONE,
+    boundaries: bool = False,
+) -> None:
+    """Run the first batch of this process's windows that score `plan.stride` positions, as most do, exactly as `score`
+    runs it: what is compiled for it is then there."""
+    for needed, group in plan.share(ranks.rank, ranks.world_size).groups():
+        if needed == plan.stride:
+            batches = _Batches(token_losses, validation.tokens, batch_tokens, device, boundaries=boundaries)
+            next(batches.of(group))
+            return
+
+
+def score_of(total_nats: float, validation: ValidationStream) -> Score:
+    """The score of a whole stream from the sum of its losses. Raises UnusableWeightsError if that is not finite."""
     if not math.isfinite(total_nats):
-        raise InputError(f"the validation loss is {total_nats}: the weights are not usable")
+        raise UnusableWeightsError(f"the validation loss is {total_nats}: the weights are not usable")
     return Score(
         loss=total_nats / validation.positions,
         bpb=total_nats / math.log(2) / validation.bytes,
@@ -179,39 +214,59 @@ def batch_rows(plan: WindowPlan, batch_tokens: int) -> int:
     return min(max(1, batch_tokens // plan.context), len(plan))
 
 
-def _scored_batches(
-    plan: WindowPlan, token_losses: TokenLosses, tokens: Tokens, batch_tokens: int, device: torch.device | str
-) -> Iterator[ScoredBatch]:
-    groups = [(needed, group, batch_rows(group, batch_tokens)) for needed, group in plan.groups()]
-    batches = sum(-(-len(group) // rows) for _, group, rows in groups)
-    stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
-    number = 0
-    for needed, group, rows in groups:
-        columns = torch.arange(group.context, device=device)
-        starts, score_froms, ends = (
-            torch.from_numpy(array).to(device).view(-1, rows, 1) for array in _filled_up(group, rows)
-        )
-        for start, score_from, end in zip(starts, score_froms, ends, strict=True):
-            at = start + columns
-            # A short window is padded after its end, where causal attention keeps its tokens from looking.
-            inputs = stream[at.clamp(max=stream.numel() - 1)].long()
-            targets = stream[(at + 1).clamp(max=stream.numel() - 1)].long()
-            with torch.no_grad():
-                losses = token_losses(inputs, targets, needed)
-            positions = at[:, group.context - needed :]
-            yield ScoredBatch(
-                number=number,
-                batches=batches,
-                inputs=inputs,
-                targets=targets,
-                positions=positions,
-                valid=(positions >= score_from) & (positions < end),
-                losses=losses.detach(),
-            )
-            number += 1
+class _Batches:
+    """How windows become batches: cut out of the stream on the device, and run."""
+
+    def __init__(
+        self,
+        token_losses: TokenLosses,
+        tokens: Tokens,
+        batch_tokens: int,
+        device: torch.device | str,
+        *,
+        boundaries: bool,
+    ) -> None:
+        self._token_losses, self._batch_tokens, self._device = token_losses, batch_tokens, device
+        self._stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
+        self._begins = beginnings(tokens) if boundaries else None
+
+    def of(self, plan: WindowPlan) -> Iterator[ScoredBatch]:
+        groups = [(needed, group, batch_rows(group, self._batch_tokens)) for needed, group in plan.groups()]
+        batches = sum(-(-len(group) // rows) for _, group, rows in groups)
+        number = 0
+        for needed, group, rows in groups:
+            columns = torch.arange(group.context, device=self._device)
+            filled = _filled_up(group, rows)
+            starts, score_froms, ends = (torch.from_numpy(array).to(self._device).view(-1, rows, 1) for array in filled)
+            bounds = self._bounds(filled[0], group.context, rows)
+            for index, (start, score_from, end) in enumerate(zip(starts, score_froms, ends, strict=True)):
+                at = start + columns
+                # A short window is padded after its end, where causal attention keeps its tokens from looking.
+                inputs = self._stream[at.clamp(max=self._stream.numel() - 1)].long()
+                targets = self._stream[(at + 1).clamp(max=self._stream.numel() - 1)].long()
+                told = {} if bounds is None else {"cu_seqlens": bounds[index]}
+                with torch.no_grad():
+                    losses = self._token_losses(inputs, targets, needed, **told)
+                positions = at[:, group.context - needed :]
+                yield ScoredBatch(
+                    number=number,
+                    batches=batches,
+                    inputs=inputs,
+                    targets=targets,
+                    positions=positions,
+                    valid=(positions >= score_from) & (positions < end),
+                    losses=losses.detach(),
+                )
+                number += 1
+
+    def _bounds(self, starts: npt.NDArray[np.int64], context: int, rows: int) -> Tensor | None:
+        if self._begins is None:
+            return None
+        found = batch_boundaries(self._begins, starts, context=context, rows=rows)
+        return torch.from_numpy(found).to(self._device)
 
 
-def _filled_up(plan: WindowPlan, rows: int) -> Iterable[npt.NDArray[np.int64]]:
+def _filled_up(plan: WindowPlan, rows: int) -> tuple[npt.NDArray[np.int64], ...]:
     """Starts, first scored positions and ends, filled up to whole batches by the last window, of which no more is
     scored."""
     missing = -len(plan) % rows

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from trainer import sizing
 from trainer.artifact import Artifact, pack, unpack
-from trainer.checkpoint import load_model
 from trainer.config import ExportConfig
 from trainer.data.manifest import DataSet
 from trainer.durable import write_whole
 from trainer.errors import InputError
+from trainer.model_file import load_model
 from trainer.quantization.fake_quant import fake_quantize
 from trainer.quantization.rounding import largest_value, row_scales
 from trainer.report import RESULT_NAME, ExportResult

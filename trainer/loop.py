@@ -3,95 +3,134 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import Checkpoint, find_checkpoint
+from trainer.branching import branch_event, load_branch, require_same_data
+from trainer.checkpoint import Checkpoint, checkpoint_name, find_checkpoint, newest_first
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device, is_out_of_memory
 from trainer.divergence import DivergedError
 from trainer.errors import InputError
-from trainer.interruption import stop_signals
+from trainer.interruption import StopRequest, stop_signals
+from trainer.memory_remedy import evaluation_remedy, micro_batch_remedy
+from trainer.ranks import ALONE, Ranks
 from trainer.report import RESULT_NAME, Event, ExitCode, Reporter
+from trainer.run_plan import RunPlan, require_shared_batch
 from trainer.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, dataset_path: Path, out: Path, checkpoints: Path, resume: str | None) -> ExitCode:
+def train(
+    config: TrainConfig,
+    dataset_path: Path,
+    out: Path,
+    checkpoints: Path,
+    resume: str | None,
+    *,
+    init_from: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> ExitCode:
     """Train and write `out/model.pt` and `out/result.json`; say how it ended.
+
+    `resume` goes on with this run where there is a checkpoint of it (`trainer.checkpoint`); else `init_from` begins
+    it as a branch (`trainer.branching`). With several `ranks` every process calls this with the same arguments.
 
     An old `out/result.json` goes once the input is accepted. Raises InputError or OSError for bad input (settings,
     data, vocabulary, device, checkpoint) before anything is written, and OSError if the end cannot be written.
     """
     config.require_feasible()
+    require_shared_batch(config, ranks)
     dataset = DataSet.load(dataset_path)
     if dataset.manifest.vocab_size != config.model.vocab_size:
         raise InputError(
             f"{dataset_path} has a vocabulary of {dataset.manifest.vocab_size}, "
             f"the configuration's model.vocab_size is {config.model.vocab_size}; make them equal"
         )
-    device = choose_device(config.device, asked_by="the configuration's device")
+    device = choose_device(config.device, asked_by="the configuration's device", local_rank=ranks.local_rank)
     checkpoint = find_checkpoint(resume, checkpoints, config)
+    origin: Event | None = None
     if checkpoint is not None:
-        _require_same_data(checkpoint, dataset)
-    (out / RESULT_NAME).unlink(missing_ok=True)
+        what = f"the checkpoint of step {checkpoint.step}"
+        require_same_data(checkpoint, dataset, what, "resume with the data it began with")
+    elif init_from is not None:
+        checkpoint = load_branch(init_from, config, dataset)
+        origin = branch_event(init_from, checkpoint)
     torch.set_flush_denormal(True)  # denormals make a CPU crawl and mean nothing here
-    reporter = Reporter()
+    reporter = Reporter(speaks=ranks.first)
     with stop_signals() as stop:
-        run: TrainingRun | None = None
+        attempt = _Attempt(config, device, ranks, reporter, stop)
+        return attempt.run(dataset, out, checkpoints, checkpoint, origin)
+
+
+class _Attempt:
+    """A run that may end badly, and what there is to say if it does."""
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, ranks: Ranks, reporter: Reporter, stop: StopRequest
+    ) -> None:
+        self._config, self._device, self._ranks = config, device, ranks
+        self._reporter, self._stop = reporter, stop
+        self._plan: RunPlan | None = None
+        self._run: TrainingRun | None = None
+
+    def run(
+        self, dataset: DataSet, out: Path, checkpoints: Path, checkpoint: Checkpoint | None, origin: Event | None
+    ) -> ExitCode:
         try:
-            run = TrainingRun(
-                config=config,
-                dataset=dataset,
-                device=device,
-                out=out,
-                checkpoints=checkpoints,
-                checkpoint=checkpoint,
-                reporter=reporter,
-                stop=stop,
-            )
-            return run.run()
+            with self._ranks.joined(self._device):
+                self._plan = RunPlan.make(self._config, dataset, self._device, self._ranks)
+                self._run = TrainingRun(
+                    plan=self._plan,
+                    out=out,
+                    checkpoints=checkpoints,
+                    checkpoint=checkpoint,
+                    origin=origin,
+                    reporter=self._reporter,
+                    stop=self._stop,
+                )
+                if self._ranks.first:
+                    (out / RESULT_NAME).unlink(missing_ok=True)
+                return self._run.run()
         except DivergedError as error:
-            reporter.say(Event(kind="diverged", step=error.step, detail=error.what))
+            self._tell(
+                Event(kind="diverged", step=error.step, detail=f"{error.what}; {self._way_back(error, checkpoints)}")
+            )
             return ExitCode.DIVERGED
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             log.warning("%s", error)
-            reporter.say(Event(kind="out_of_memory", step=run.step if run else 0, detail=_memory_remedy(config, run)))
+            step = self._run.step if self._run else 0
+            self._tell(Event(kind="out_of_memory", step=step, detail=self._memory_remedy()))
             return ExitCode.OUT_OF_MEMORY
 
+    def _tell(self, event: Event) -> None:
+        """A process beside the first one speaks only of its own end, and where no log is read."""
+        self._reporter.say(event)
+        if not self._ranks.first:
+            Reporter(sys.stderr).note(f"rank {self._ranks.rank}: {event.line()}")
 
-def _require_same_data(checkpoint: Checkpoint, dataset: DataSet) -> None:
-    for kind, same in (
-        ("validation", dataset.is_validation_set(checkpoint.val_sha256)),
-        ("training", checkpoint.train_sha256 == dataset.manifest.train_sha256),
-    ):
-        if not same:
-            raise InputError(
-                f"the checkpoint of step {checkpoint.step} was made on other {kind} data than {dataset.path} has; "
-                "resume with the data it began with"
-            )
+    def _way_back(self, error: DivergedError, checkpoints: Path) -> str:
+        last = self._run.last_checkpoint if self._run else None
+        if last is None:
+            return "there is no checkpoint: lower the learning rates or clip gradients, and start anew"
+        # Finite weights may be what gave the loss that is not: a branch of theirs would begin with it.
+        gave = {"training loss not finite": error.step - 1, "validation loss not finite": error.step}.get(error.what)
+        if gave is not None and last == checkpoint_name(gave):
+            others = [path.name for path in newest_first(checkpoints) if path.name != last]
+            if not others:
+                return f"{last} leads to the same: lower the learning rates or clip gradients, and start anew"
+            last = others[0]
+        return f"the last good checkpoint is {last}: branch off with --init-from and lower learning rates"
 
-
-def _memory_remedy(config: TrainConfig, run: TrainingRun | None) -> str:
-    """What did not fit and the next smaller setting that is valid; `run` is None if it did not come to be."""
-    batch = config.batch
-    if run is not None and run.evaluating:
-        tokens = config.evaluation.batch_tokens
-        half = tokens // 2 // batch.train_seq_len * batch.train_seq_len
-        remedy = f"set evaluation.batch_tokens to {half}" if half else "shorten train_seq_len or shrink the model"
-        return f"an evaluation batch of {tokens} tokens does not fit; {remedy}"
-    micro = batch.micro_tokens
-    smaller = [
-        tokens
-        for tokens in range(batch.train_seq_len, micro, batch.train_seq_len)
-        if batch.train_batch_tokens % tokens == 0
-    ]
-    remedy = (
-        f"set batch.micro_batch_tokens to {max(smaller)}" if smaller else "shorten train_seq_len or shrink the model"
-    )
-    return f"a micro-batch of {micro} tokens does not fit; {remedy}"
+    def _memory_remedy(self) -> str:
+        if self._run is not None and self._run.evaluating:
+            return evaluation_remedy(self._config)
+        tokens = self._plan.micro_tokens if self._plan else self._config.batch.micro_tokens
+        free = self._plan.free_bytes if self._plan else None
+        return micro_batch_remedy(self._config, tokens, self._device, self._ranks, free_bytes=free)

@@ -36,6 +36,7 @@ from trainer.data.casing import MARKS
 from trainer.data.manifest import DataSet
 from trainer.data.tokenizer import open_tokenizer
 from trainer.model.gpt import GPT
+from trainer.model.head import PLAIN, LossTerms
 
 
 class ByteWeightedLoss(nn.Module):
@@ -46,10 +47,17 @@ class ByteWeightedLoss(nn.Module):
     boundary: Tensor
 
     def __init__(
-        self, model: GPT, table: ByteTable, weighting: Literal["bpb", "bytes"], *, bytes_per_token: float
+        self,
+        model: GPT,
+        table: ByteTable,
+        weighting: Literal["bpb", "bytes"],
+        *,
+        bytes_per_token: float,
+        terms: LossTerms = PLAIN,
     ) -> None:
         """`bytes_per_token` is the mean of the training data. The tables go to the device of the model's weights."""
         super().__init__()
+        self._terms = terms
         self._model, self._weighting, self._bytes_per_token = model, weighting, bytes_per_token
         device = model.tok_emb.weight.device
         for name in ("base_bytes", "leading_space", "boundary"):
@@ -59,15 +67,15 @@ class ByteWeightedLoss(nn.Module):
         """Bytes of each target, the input at its position being the token before it; (batch, time) int64, all three."""
         return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[inputs])
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted loss, and the mean nats per token without gradients; each 0-d float32."""
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weighted loss with its other terms, and the mean nats per token without gradients; each 0-d float32."""
         counted = self.target_bytes(inputs, targets)
         total = counted.sum().clamp_min(1).float()  # a micro-batch may be all BOS
         if self._weighting == "bytes":
             weights = counted.float() / total
         else:
             weights = (self._bytes_per_token / total).expand(targets.shape)
-        return self._model.weighted_loss(inputs, targets, weights)
+        return self._model.train_loss(inputs, targets, terms=self._terms, weights=weights, cu_seqlens=cu_seqlens)
 
 
 def byte_weighting(config: LossConfig, model: GPT, dataset: DataSet) -> ByteWeightedLoss | None:
@@ -82,7 +90,11 @@ def byte_weighting(config: LossConfig, model: GPT, dataset: DataSet) -> ByteWeig
     if manifest.case_folding:
         table = without_marks(table, dataset.tokenizer_path)
     return ByteWeightedLoss(
-        model, table, config.weighting, bytes_per_token=manifest.train_bytes / manifest.train_tokens
+        model,
+        table,
+        config.weighting,
+        bytes_per_token=manifest.train_bytes / manifest.train_tokens,
+        terms=LossTerms(config.focal_gamma, config.z_loss),
     )
 
 

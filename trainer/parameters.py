@@ -44,6 +44,20 @@ def parameters(model: ModelConfig) -> dict[str, Parameter]:
     return {name: Parameter(shape=shape, kind=kind) for name, shape, kind in _parameters(model)}
 
 
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the GPT's state dict with its shape, in the state dict's order. The tied head counts once."""
+    return {name: parameter.shape for name, parameter in parameters(model).items()}
+
+
+def parameter_count(model: ModelConfig) -> int:
+    return sum(parameter.count for parameter in parameters(model).values())
+
+
+def quantized_names(model: ModelConfig) -> frozenset[str]:
+    """The tensors that the exporter quantises: the blocks' matrices, the embeddings and the head."""
+    return frozenset(name for name, parameter in parameters(model).items() if parameter.quantized)
+
+
 _Row = tuple[str, tuple[int, ...], Kind]
 
 

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import PydanticCustomError
+
 Changes = Mapping[str, Any]
+
+UNKNOWN_PRESET = "unknown_preset"
+"""Type of the validation error for a preset that there is not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +29,11 @@ _STUDY_SCHEDULE: Changes = {"warmdown_fraction": 0.3, "warmdown_shape": "cosine"
 
 
 def _study(description: str, **model: Any) -> Preset:
-    return Preset(description=description, settings={"model": {**_WIDTH, **model}, "schedule": _STUDY_SCHEDULE})
+    shape = {**_WIDTH, "unet_skips": True, "residual_mix": True, **model}  # it grew out of the public baseline
+    return Preset(description=description, settings={"model": shape, "schedule": _STUDY_SCHEDULE})
 
+
+PRESET_DESCRIPTION = "Begin from these settings; what stands beside it wins, key by key."
 
 PRESETS: Mapping[str, Preset] = {
     "recommended": Preset(
@@ -84,11 +92,11 @@ PRESETS: Mapping[str, Preset] = {
             "export": {"bits": 8},
         },
     ),
-    "study-9l-2x-v1024": _study("17.1M parameters.", vocab_size=1024, num_layers=9, mlp_mult=2.0),
-    "study-11l-3x-v1024": _study("26.5M parameters.", vocab_size=1024, num_layers=11, mlp_mult=3.0),
-    "study-11l-2x-v4096": _study("22.3M parameters.", vocab_size=4096, num_layers=11, mlp_mult=2.0),
+    "study-9l-2x-v1024": _study("The study's first shape.", vocab_size=1024, num_layers=9, mlp_mult=2.0),
+    "study-11l-3x-v1024": _study("Deeper, with a wider MLP.", vocab_size=1024, num_layers=11, mlp_mult=3.0),
+    "study-11l-2x-v4096": _study("Deeper, with a larger vocabulary.", vocab_size=4096, num_layers=11, mlp_mult=2.0),
     "study-8l-3x-v4096": _study(
-        "21.0M parameters; layers 2-4 run 8 times, 29 layers a pass.",
+        "Layers 2-4 run 8 times, 29 layers a pass.",
         vocab_size=4096,
         num_layers=8,
         mlp_mult=3.0,
@@ -100,15 +108,24 @@ PRESETS: Mapping[str, Preset] = {
 def over_preset(given: Any) -> Any:
     """`given` laid over the preset that it names, key by key; anything else is returned as it is.
 
-    Raises ValueError for a name that is none.
+    Raises ValueError, as pydantic's `unknown_preset` with the names there are in its context, for a name that is none.
     """
     if not isinstance(given, Mapping) or "preset" not in given:
         return given
     changes = dict(given)
     name = changes.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        names = ", ".join(PRESETS)
+        raise PydanticCustomError(
+            UNKNOWN_PRESET, "preset {name} is not one of {names}", {"name": repr(name), "names": names}
+        )
     return _laid_over(PRESETS[name].settings, changes)
+
+
+def show_preset(schema: dict[str, Any]) -> None:
+    """Add `preset`, which is no field of its own, to the JSON schema of settings that may begin with it."""
+    shown = {"preset": {"type": "string", "enum": list(PRESETS), "description": PRESET_DESCRIPTION, "title": "Preset"}}
+    schema["properties"] = shown | schema["properties"]
 
 
 def _laid_over(base: Changes, changes: Changes) -> dict[str, Any]:

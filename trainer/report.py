@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from enum import IntEnum
-from typing import Literal, TextIO
+from typing import Literal, TextIO, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -39,6 +39,7 @@ __all__ = [
     "EventKind",
     "ExitCode",
     "ExportResult",
+    "FinalPoint",
     "Header",
     "Line",
     "Reporter",
@@ -86,6 +87,12 @@ class Header(_Value):
     torch_version: str
     resumed_step: int = 0
     resumed_seconds: float = 0.0
+    micro_batch_tokens: int | None = Field(default=None, description="Tokens per forward pass of a process.")
+    world_size: int = Field(default=1, description="Processes that train.")
+    attention_backend: str | None = None
+    matrix_flops_per_second: float | None = Field(
+        default=None, description="Measured on one device before the run: what a train line's mfu is a share of."
+    )
 
     def line(self) -> str:
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))
@@ -94,7 +101,9 @@ class Header(_Value):
 class TrainPoint(_Value):
     """A training loss, nats per token. `step` counts finished steps; `elapsed_seconds` is the training clock.
 
-    `data_wait_share` is the share of that clock, since the line before, for which the loop waited for data.
+    Since the line before, `data_wait_share` is the share of that clock for which the loop waited for data, and `mfu`
+    that of the header's matrix rate which training used. `peak_memory_bytes` is of the whole process so far (CUDA's
+    reserved memory, else resident), and `epoch` counts passes over the training data.
     """
 
     step: int
@@ -103,10 +112,16 @@ class TrainPoint(_Value):
     elapsed_seconds: float
     tokens_per_second: float | None = None
     data_wait_share: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    epoch: float | None = None
 
     def line(self) -> str:
         tail = "" if self.tokens_per_second is None else f" tok/s:{self.tokens_per_second:.0f}"
         tail += "" if self.data_wait_share is None else f" data:{100 * self.data_wait_share:.2f}%"
+        tail += "" if self.mfu is None else f" mfu:{100 * self.mfu:.1f}%"
+        tail += "" if self.peak_memory_bytes is None else f" mem:{self.peak_memory_bytes / 1e9:.2f}GB"
+        tail += "" if self.epoch is None else f" epoch:{self.epoch:.3f}"
         return (
             f"step:{self.step}/{self.planned_steps} train_loss:{self.train_loss:.4f} "
             f"{_clock(self.step, self.elapsed_seconds)}{tail}"
@@ -129,8 +144,35 @@ class ValPoint(_Value):
         )
 
 
+class FinalPoint(_Value):
+    """The score of the averaged weights at the end of a run: not a point of its curve, which is of the weights as
+    trained."""
+
+    averaging: Literal["ema", "swa"]
+    val_loss: float
+    val_bpb: float
+
+    def line(self) -> str:
+        return f"final_{self.averaging}_exact val_loss:{self.val_loss:.8f} val_bpb:{self.val_bpb:.8f}"
+
+
 EventKind = Literal[
-    "stopping_early", "layer_loop", "late_qat", "epoch", "checkpoint", "diverged", "interrupted", "out_of_memory"
+    "init_from",
+    "micro_batch",
+    "attention",
+    "warm_up",
+    "schedule",
+    "layer_loop",
+    "late_qat",
+    "epoch",
+    "checkpoint",
+    "snapshot",
+    "averaging",
+    "recompiles",
+    "stopping_early",
+    "diverged",
+    "interrupted",
+    "out_of_memory",
 ]
 
 
@@ -155,7 +197,7 @@ class Event(_Value):
         return f"{self.kind}:{space}{self.detail} step:{self.step}{planned}"
 
 
-Line = Header | TrainPoint | ValPoint | Event
+Line = Header | TrainPoint | ValPoint | FinalPoint | Event
 
 
 def _clock(step: int, seconds: float) -> str:
@@ -168,13 +210,12 @@ _NUM = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
 _COUNT = r"(\d{1,18})"
 _TRAIN = re.compile(
     rf"step:{_COUNT}/{_COUNT} train_loss:{_NUM} train_time:{_COUNT}ms step_avg:(?:[\d.]+|nan)ms"
-    rf"(?: tok/s:{_COUNT})?(?: data:(\d{{1,9}}\.\d\d)%)?\s*$"
+    rf"(?: tok/s:{_COUNT})?(?: data:(\d{{1,9}}\.\d\d)%)?(?: mfu:(\d{{1,9}}\.\d)%)?(?: mem:(\d{{1,9}}\.\d\d)GB)?"
+    r"(?: epoch:(\d{1,9}\.\d{3}))?\s*$"
 )
 _VAL = re.compile(rf"step:{_COUNT}/{_COUNT} val_loss:{_NUM} val_bpb:{_NUM} train_time:{_COUNT}ms")
-_EVENT = re.compile(
-    r"(stopping_early|layer_loop|late_qat|epoch|checkpoint|diverged|interrupted|out_of_memory):"
-    rf"(.*?) ?step:{_COUNT}(?:/{_COUNT})?(?:\s|$)"
-)
+_FINAL = re.compile(rf"final_(ema|swa)_exact val_loss:{_NUM} val_bpb:{_NUM}\s*$")
+_EVENT = re.compile(rf"({'|'.join(get_args(EventKind))}):(.*?) ?step:{_COUNT}(?:/{_COUNT})?(?:\s|$)")
 
 
 def parse_line(line: str) -> Line | None:
@@ -186,7 +227,7 @@ def parse_line(line: str) -> Line | None:
             return None
     if line.startswith("step:"):
         if match := _TRAIN.match(line):
-            step, planned, loss, milliseconds, rate, waited = match.groups()
+            step, planned, loss, milliseconds, rate, waited, mfu, memory, epoch = match.groups()
             return TrainPoint(
                 step=int(step),
                 planned_steps=int(planned),
@@ -194,6 +235,9 @@ def parse_line(line: str) -> Line | None:
                 elapsed_seconds=int(milliseconds) / 1000,
                 tokens_per_second=float(rate) if rate else None,
                 data_wait_share=round(float(waited) / 100, 4) if waited else None,
+                mfu=round(float(mfu) / 100, 3) if mfu else None,
+                peak_memory_bytes=round(float(memory) * 1e9) if memory else None,
+                epoch=float(epoch) if epoch else None,
             )
         if match := _VAL.match(line):
             step, planned, loss, bpb, milliseconds = match.groups()
@@ -205,6 +249,9 @@ def parse_line(line: str) -> Line | None:
                 elapsed_seconds=int(milliseconds) / 1000,
             )
         return None
+    if match := _FINAL.match(line):
+        averaging, loss, bpb = match.groups()
+        return FinalPoint.model_validate({"averaging": averaging, "val_loss": float(loss), "val_bpb": float(bpb)})
     if match := _EVENT.match(line):
         kind, detail, step, planned = match.groups()
         return Event.model_validate(
@@ -219,15 +266,19 @@ def parse_line(line: str) -> Line | None:
 
 
 class Reporter:
-    """Prints log lines, each one whole and flushed, so that a reader of the file is never behind."""
+    """Prints log lines, each one whole and flushed, so that a reader of the file is never behind.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+    One that does not speak is for processes beside the first one, which tells for all of them.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, speaks: bool = True) -> None:
+        self._stream, self._speaks = stream or sys.stdout, speaks
 
     def say(self, line: Line) -> None:
         self.note(line.line())
 
     def note(self, text: str) -> None:
         """Free text for people; must not look like a point (it never starts with `step:`)."""
-        self._stream.write(text.rstrip("\n") + "\n")
-        self._stream.flush()
+        if self._speaks:
+            self._stream.write(text.rstrip("\n") + "\n")
+            self._stream.flush()

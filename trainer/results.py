@@ -1,4 +1,4 @@
-"""What a verb leaves behind for whoever started it: `result.json`. Torch-free; `trainer.report` shows it to the world."""
+"""What a verb leaves behind for whoever started it: `result.json`. Torch-free; part of the face `trainer.report`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.test_time_settings import AdaptationSettings
 
 RESULT_NAME = "result.json"
 
@@ -93,6 +95,7 @@ class EvaluateResult(_Value):
         default="plain",
         description="Windows side by side, sliding ones, or with test-time training: numbers that are never compared.",
     )
+    ttt: AdaptationSettings | None = Field(default=None, description="Of the metric ttt.")
     context: int | None = Field(default=None, description="Tokens of a window; None in older files.")
     stride: int | None = Field(default=None, description="Of sliding windows.")
     world_size: int = Field(default=1, description="Processes that shared the windows.")

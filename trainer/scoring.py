@@ -1,31 +1,38 @@
 """Scoring a file: load an artifact or a model, lay the windows, run them, and say how long it takes.
 
 What `evaluate` and `analyse` have in common. Plain windows are as long as those of training; sliding ones have a
-stride, and any context that the model can rotate (its RoPE tables grow).
+stride, and any context that the model can rotate (its RoPE tables grow). Test-time training goes along either kind
+of windows (sgd), or by document in windows of its own (lora).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.artifact import MAGIC, ArtifactError, read_artifact
-from trainer.checkpoint import load_model
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device, is_out_of_memory, synchronize
+from trainer.document_adaptation import DocumentAdaptation, require_fitting_chunk
 from trainer.durable import sha256_of
 from trainer.errors import InputError
-from trainer.evaluation import OnScored, Score, ScoredBatch, TokenLosses, ValidationStream, batch_rows, score
+from trainer.evaluation import OnScored, Score, ScoredBatch, TokenLosses, ValidationStream, rehearse, score
+from trainer.evaluation_attention import use_best_backend, wants_boundaries
 from trainer.evaluation_windows import WindowPlan, plain, sliding
 from trainer.model.gpt import GPT
+from trainer.model_file import load_model
 from trainer.ranks import ALONE, Ranks
 from trainer.report import EvaluateResult
+from trainer.test_time_settings import AdaptationSettings
+from trainer.test_time_training import StreamTraining, put_back, require_whole_windows
 
 # Sliding windows have few logits, so a larger batch than a plain one's fits, and a GPU waits less for the host.
 _SLIDING_BATCH_TOKENS = 262_144
@@ -47,6 +54,8 @@ class ScoringRequest:
     batch_tokens: int | None = None
     device: str = "auto"
     compile: bool | None = None
+    adaptation: AdaptationSettings | None = None
+    """Test-time training, if any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +70,13 @@ class Scoring:
     dataset: DataSet
     validation: ValidationStream
     plan: WindowPlan
+    """With test-time training by document none of it is run."""
     context: int
     stride: int | None
     batch_tokens: int
+    micro_tokens: int
+    """Of a training pass."""
+    adaptation: AdaptationSettings | None
     device: torch.device
     compiled: bool
     ranks: Ranks
@@ -77,21 +90,33 @@ class Scoring:
         digest = sha256_of(request.source)
         device = choose_device(request.device, asked_by="--device", local_rank=ranks.local_rank)
         model, config, scheme = _load(request.source, dataset, device)
-        if request.context is not None and request.stride is None:
+        adaptation, by_document = request.adaptation, _by_document(request.adaptation)
+        _require_fitting(adaptation, request.stride, ranks)
+        if request.context is not None and request.stride is None and not by_document:
             raise InputError(
                 f"--context {request.context} without --stride: plain scores use windows of {_seq_len(config)} tokens, "
                 "as training does, so that they can be compared; give --stride too for a sliding score"
             )
         validation = ValidationStream.load(dataset)
-        context, default_tokens = _seq_len(config), config.evaluation.batch_tokens
+        context = _seq_len(config) if request.context is None else request.context
+        default_tokens, micro_tokens = config.evaluation.batch_tokens, config.batch.micro_tokens
         if request.stride is None:
             plan = plain(validation.positions, seq_len=context)
         else:
-            context = context if request.context is None else request.context
             plan = sliding(validation.positions, context=context, stride=request.stride)
             if device.type == "cuda":
                 default_tokens = max(default_tokens, _SLIDING_BATCH_TOKENS)
-        on_cuda_sliding = device.type == "cuda" and request.stride is not None
+        if adaptation is not None and by_document:
+            require_fitting_chunk(adaptation, context)
+            default_tokens = min(default_tokens, micro_tokens)
+        elif adaptation is not None:
+            require_whole_windows(adaptation, plan)
+        batch_tokens = default_tokens if request.batch_tokens is None else request.batch_tokens
+        # Many passes of one shape: sliding windows, and the training of sgd mode.
+        worth_compiling = device.type == "cuda" and (
+            request.stride is not None or (adaptation is not None and not by_document)
+        )
+        use_best_backend(model, device)
         return cls(
             source=request.source,
             sha256=digest,
@@ -102,9 +127,11 @@ class Scoring:
             plan=plan,
             context=context,
             stride=request.stride,
-            batch_tokens=default_tokens if request.batch_tokens is None else request.batch_tokens,
+            batch_tokens=batch_tokens,
+            micro_tokens=min(batch_tokens, micro_tokens),
+            adaptation=adaptation,
             device=device,
-            compiled=on_cuda_sliding if request.compile is None else request.compile,
+            compiled=worth_compiling if request.compile is None else request.compile,
             ranks=ranks,
             began=began,
         )
@@ -127,40 +154,74 @@ class Scoring:
     def _run(self, on_scored: Sequence[OnScored], say: Callable[[str], None]) -> EvaluateResult:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        token_losses = self._compiled_losses() if self.compiled else self.model.token_losses
-        remaining = RemainingTime(self.device, say)
-        started = time.monotonic()
-        result = score(
-            self.plan,
-            token_losses,
-            self.validation,
+        observers: tuple[OnScored, ...] = (RemainingTime(self.device, say), *on_scored)
+        if self.adaptation is not None and self.adaptation.mode == "lora":
+            return self._score_documents(self.adaptation, observers)
+        with put_back(self.model) if self.adaptation else nullcontext():
+            batch_tokens = self.batch_tokens
+            if self.adaptation is not None:
+                training = self._training(self.adaptation)
+                batch_tokens, observers = training.batch_tokens, (*observers, training)
+            token_losses = self._compiled_losses(batch_tokens) if self.compiled else self.model.token_losses
+            started = time.monotonic()
+            result = score(
+                self.plan,
+                token_losses,
+                self.validation,
+                batch_tokens=batch_tokens,
+                device=self.device,
+                on_scored=observers,
+                ranks=self.ranks,
+                boundaries=wants_boundaries(self.model),
+            )
+            return self._result(result, time.monotonic() - started)
+
+    def _score_documents(self, settings: AdaptationSettings, observers: Sequence[OnScored]) -> EvaluateResult:
+        documents = DocumentAdaptation(
+            self.model,
+            settings,
+            context=self.context,
             batch_tokens=self.batch_tokens,
             device=self.device,
-            on_scored=(remaining, *on_scored),
-            ranks=self.ranks,
+            compiled=self.compiled,
         )
+        started = time.monotonic()
+        result = documents.score(self.validation, on_scored=observers, ranks=self.ranks)
         return self._result(result, time.monotonic() - started)
 
-    def _compiled_losses(self) -> TokenLosses:
+    def _training(self, settings: AdaptationSettings) -> StreamTraining:
+        return StreamTraining(
+            self.model,
+            settings,
+            plan=self.plan,
+            validation=self.validation,
+            batch_tokens=self.batch_tokens,
+            micro_tokens=self.micro_tokens,
+            device=self.device,
+            compiled=self.compiled,
+        )
+
+    def _compiled_losses(self, batch_tokens: int) -> TokenLosses:
         """The pass of the many windows compiled, and run once so that its compiling is not timed; the first
         sliding window, which scores more positions than all others, comes once and is not worth a graph."""
         compiled = torch.compile(self.model.token_losses, dynamic=False, fullgraph=True)
         stride = self.plan.stride
-        own = self.plan.share(self.ranks.rank, self.ranks.world_size)
-        for scored, group in own.groups():
-            if scored == stride:
-                shape = (batch_rows(group, self.batch_tokens), group.context)
-                # Two tensors: one given twice would be another graph.
-                inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
-                with torch.no_grad():
-                    compiled(inputs, targets, scored)
-                synchronize(self.device)
 
-        def token_losses(inputs: Tensor, targets: Tensor, scored: int) -> Tensor:
+        def token_losses(inputs: Tensor, targets: Tensor, scored: int, **boundaries: Any) -> Tensor:
             run = compiled if scored == stride else self.model.token_losses
-            losses: Tensor = run(inputs, targets, scored)
+            losses: Tensor = run(inputs, targets, scored, **boundaries)
             return losses
 
+        rehearse(
+            self.plan,
+            token_losses,
+            self.validation,
+            batch_tokens=batch_tokens,
+            device=self.device,
+            ranks=self.ranks,
+            boundaries=wants_boundaries(self.model),
+        )
+        synchronize(self.device)
         return token_losses
 
     def _result(self, found: Score, seconds: float) -> EvaluateResult:
@@ -177,7 +238,8 @@ class Scoring:
             wall_seconds=time.monotonic() - self.began,
             device=torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
             compute_dtype=str(self.model.compute_dtype).removeprefix("torch."),
-            metric="plain" if self.stride is None else "sliding",
+            metric="ttt" if self.adaptation else "plain" if self.stride is None else "sliding",
+            ttt=self.adaptation,
             context=self.context,
             stride=self.stride,
             world_size=self.ranks.world_size,
@@ -190,6 +252,10 @@ def final_line(result: EvaluateResult, scheme: str | None) -> str:
     """The last line of an evaluation, labelled as the public scripts label theirs."""
     name = scheme.replace("+", "_") if scheme else "raw"
     numbers = f"val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
+    if result.ttt is not None:
+        how = f"mode:{result.ttt.mode} lr:{result.ttt.lr:g} chunk:{result.ttt.chunk_tokens} context:{result.context}"
+        how += "" if result.stride is None else f" stride:{result.stride}"
+        return f"final_{name}_ttt_exact {numbers} {how}"
     if result.metric == "sliding":
         return f"final_{name}_sliding_window_exact {numbers} stride:{result.stride} context:{result.context}"
     return f"final_{name}_roundtrip_exact {numbers}" if scheme else f"final_raw_exact {numbers}"
@@ -223,6 +289,22 @@ class RemainingTime:
         if left > self._long:
             rows, width = batch.inputs.shape
             self._say(f"about {left:.0f} s left: {batches} batches of {rows} x {width} tokens")
+
+
+def _by_document(adaptation: AdaptationSettings | None) -> bool:
+    return adaptation is not None and adaptation.mode == "lora"
+
+
+def _require_fitting(adaptation: AdaptationSettings | None, stride: int | None, ranks: Ranks) -> None:
+    """Raise InputError for windows or processes that a mode of test-time training does not have."""
+    if adaptation is None:
+        return
+    if adaptation.mode == "lora" and stride is not None:
+        raise InputError(f"--stride {stride} does nothing with --ttt lora, whose windows follow from --ttt-chunk")
+    if adaptation.mode == "sgd" and ranks.world_size > 1:
+        raise InputError(
+            f"--ttt sgd learns along one stream in one process, not in {ranks.world_size}: start it without torchrun"
+        )
 
 
 def _seq_len(config: TrainConfig) -> int:

@@ -10,42 +10,62 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.data.loader import Batch
 from trainer.interruption import StopRequest
 from trainer.loss_weighting import ByteWeightedLoss
 from trainer.model.gpt import GPT
+from trainer.model.head import LossTerms
 from trainer.optim import Optimizers, Orthogonalize, orthogonalize
+from trainer.ranks import ALONE, Ranks
 
 # Two switches, with and without gradients, two batch shapes, and one Newton-Schulz graph per shape of matrix.
 _GRAPHS = 32
 _WARMUP_STD = 0.05
 
 
+class TrainingLoss(Protocol):
+    """What the loop calls for each micro-batch."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        """What training minimises and the mean nats per token, without gradients; each 0-d. Takes contiguous
+        (batch, time) int64 twice (a graph is bound to its strides), and the documents' boundaries if there are any."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
-    """What the loop calls: the same functions, compiled or not.
+    """What the loop calls: the same functions, compiled or not. `token_losses` is that of the model."""
 
-    `loss` takes inputs and targets, contiguous (batch, time) int64 (a graph is bound to its strides), and returns
-    what training minimises and the mean nats per token, without gradients; each 0-d.
-    """
-
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    token_losses: Callable[[Tensor, Tensor], Tensor]
+    loss: TrainingLoss
+    token_losses: Callable[..., Tensor]
     iteration: Orthogonalize
     compiled: bool
 
 
 def build_passes(
-    model: GPT, *, compiled: bool, weighting: ByteWeightedLoss | None = None, backend: str = "inductor"
+    model: GPT,
+    *,
+    compiled: bool,
+    weighting: ByteWeightedLoss | None = None,
+    terms: LossTerms | None = None,
+    backend: str = "inductor",
 ) -> Passes:
-    """Static shapes and whole graphs, or plain functions. Without a `weighting` the loss is the mean over tokens."""
+    """Static shapes and whole graphs, or plain functions. Without a `weighting`, which has terms of its own, the loss
+    is the mean over tokens, with `terms`."""
+    loss: Callable[..., Any] = model.forward
+    plain = weighting is None and (terms is None or terms == LossTerms())
+    if weighting is not None:
+        loss = weighting.forward
+    elif not plain:
+        loss = _with_terms(model, terms or LossTerms())
     if not compiled:
         return Passes(
-            loss=weighting or _with_itself(model.forward),
+            loss=_with_itself(loss) if plain else loss,
             token_losses=model.token_losses,
             iteration=orthogonalize,
             compiled=False,
@@ -55,19 +75,27 @@ def build_passes(
     if backend == "inductor":
         _round_divisions()
     compiling = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+    compiled_loss = compiling(loss)
     return Passes(
-        loss=compiling(weighting.forward) if weighting else _with_itself(compiling(model.forward)),
+        loss=_with_itself(compiled_loss) if plain else compiled_loss,
         token_losses=compiling(model.token_losses),
         iteration=compiling(orthogonalize),
         compiled=True,
     )
 
 
-def _with_itself(mean_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _with_terms(model: GPT, terms: LossTerms) -> TrainingLoss:
+    def loss(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        return model.train_loss(inputs, targets, terms=terms, cu_seqlens=cu_seqlens)
+
+    return loss
+
+
+def _with_itself(mean_loss: Callable[..., Tensor]) -> TrainingLoss:
     """The mean nats per token are what training minimises."""
 
-    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        nats = mean_loss(inputs, targets)
+    def loss(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        nats = mean_loss(inputs, targets, cu_seqlens)
         return nats, nats.detach()
 
     return loss
@@ -91,45 +119,90 @@ def reachable_switches(config: TrainConfig) -> list[tuple[bool, bool]]:
     return [(moment >= loop_from, moment >= qat_from) for moment in moments]
 
 
-def warm_up(model: GPT, passes: Passes, config: TrainConfig, device: torch.device, stop: StopRequest) -> None:
-    """Run every pass that the run can still reach and the optimiser once; leave weights and switches as they were.
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has captured in this process so far, whoever asked for them."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    States that the model's switches have passed (a resumed run) are left out, for switches never go off.
-    A stop that is asked for is heeded between graphs: then it raises StopAskedError and the weights are not put
-    back, the run being over. Raises RuntimeError if fake quantisation does not change the loss of the compiled
-    pass: then a graph has folded the switch away, and the run would train without what it promises.
+
+def warm_up(
+    model: GPT,
+    passes: Passes,
+    config: TrainConfig,
+    device: torch.device,
+    stop: StopRequest,
+    *,
+    batch: Batch | None = None,
+    evaluate: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Run every pass that the run can still reach and the optimiser once; leave everything as it was: weights,
+    buffers, switches and the random numbers to come.
+
+    `batch` is one as the run will have them (default: random tokens in the configuration's micro-batch), and
+    `evaluate` runs a pass of its evaluation. States that the model's switches have passed (a resumed run) are left
+    out, for switches never go off. A stop that is asked for is heeded between graphs: then it raises StopAskedError
+    and the weights are not put back, the run being over. Raises RuntimeError if fake quantisation does not change the
+    loss of the compiled pass: then a graph has folded the switch away, and the run would train without what it
+    promises.
     """
-    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
     kept_switches = (model.recurrence_active, model.fake_quant_active)
-    generator = torch.Generator(device).manual_seed(0)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(std=_WARMUP_STD, generator=generator)
+        batch = batch or _random_batch(config, device, generator)
+        ahead = [
+            (loop, qat)
+            for loop, qat in reachable_switches(config)
+            if loop >= kept_switches[0] and qat >= kept_switches[1]
+        ]
+        _run_passes(model, passes, ahead, stop=stop, batch=batch, evaluate=evaluate)
+        with stop.explains_errors():
+            Optimizers(model, config.optimizer, passes.iteration, ranks=ranks).step(0, 1.0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=_WARMUP_STD, generator=generator)
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+    model.set_recurrence(kept_switches[0])
+    model.set_fake_quant(kept_switches[1])
 
-    shape = (config.batch.micro_tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
-    window = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
-    inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+def _run_passes(
+    model: GPT,
+    passes: Passes,
+    switches: list[tuple[bool, bool]],
+    *,
+    stop: StopRequest,
+    batch: Batch,
+    evaluate: Callable[[], None] | None,
+) -> None:
     losses: dict[tuple[bool, bool], float] = {}
-    for loop, qat in reachable_switches(config):
-        if loop < kept_switches[0] or qat < kept_switches[1]:
-            continue
+    evaluated: set[bool] = set()
+    for loop, qat in switches:
         model.set_recurrence(loop)
         model.set_fake_quant(qat)
         with stop.explains_errors():
-            loss, _ = passes.loss(inputs, targets)
+            loss, _ = passes.loss(batch.inputs, batch.targets, batch.cu_seqlens)
             torch.autograd.backward(loss)
         losses[loop, qat] = float(loss.detach())
         if qat:
             if (loop, False) not in losses:
                 model.set_fake_quant(False)
                 with stop.explains_errors():
-                    losses[loop, False] = float(passes.loss(inputs, targets)[0].detach())
+                    unquantized, _ = passes.loss(batch.inputs, batch.targets, batch.cu_seqlens)
+                losses[loop, False] = float(unquantized.detach())
             if losses[loop, False] == losses[loop, qat]:
                 raise RuntimeError("fake quantisation does not change the loss: the switch has no effect in this build")
-    with stop.explains_errors():
-        Optimizers(model, config.optimizer, passes.iteration).step(0, 1.0)
+        if evaluate is not None and loop not in evaluated:
+            with stop.explains_errors():
+                evaluate()
+            evaluated.add(loop)
 
-    model.load_state_dict(kept)
-    model.set_recurrence(kept_switches[0])
-    model.set_fake_quant(kept_switches[1])
+
+def _random_batch(config: TrainConfig, device: torch.device, generator: torch.Generator) -> Batch:
+    shape = (config.batch.micro_tokens // config.batch.train_seq_len, config.batch.train_seq_len + 1)
+    window = torch.randint(config.model.vocab_size, shape, device=device, generator=generator)
+    return Batch(inputs=window[:, :-1].contiguous(), targets=window[:, 1:].contiguous())

@@ -1,4 +1,5 @@
-"""What the daemon must know of a prepared data set before it queues a run on it: its validation hash and vocabulary."""
+"""What the daemon must know of the files that a spec names before it queues a run on them: that a checkpoint to begin
+from is there, and a prepared data set's validation hash and vocabulary."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ MANIFEST = "manifest.json"
 def val_sha256_of(workspace: Path, spec: Spec) -> str | None:
     """The hash of the spec's validation set, which names its track; None for commands, which have no data set.
 
-    Raises SpecError if the data set is missing, unreadable, or of another vocabulary than the model's.
+    Raises SpecError if the data set is missing, unreadable, or of another vocabulary than the model's, or if there is
+    no file to begin from.
     """
     if spec.trainer is None:
         return None
+    _require_checkpoint(workspace, spec)
     source = spec.name
     manifest = workspace / spec.data / MANIFEST
     prepare = f"make it with: python -m trainer data prepare FILE.jsonl --out {workspace / spec.data} --vocab-size N"
@@ -38,3 +41,18 @@ def val_sha256_of(workspace: Path, spec: Spec) -> str | None:
             remedy=f"set it to {vocab_size}, or point data: at another data set",
         )
     return val_sha256
+
+
+def _require_checkpoint(workspace: Path, spec: Spec) -> None:
+    """Raises SpecError if `init_from` names no file. What an experiment waits for may still have to write it."""
+    if spec.init_from is None or spec.after:
+        return
+    path = workspace / spec.init_from
+    if not path.is_file():
+        raise SpecError(
+            f"there is no checkpoint at {path}",
+            source=spec.name,
+            field="init_from",
+            remedy="give the path of one, such as runs/NAME-SEED/checkpoints/FILE, or name in after: the experiment "
+            "that will write it",
+        )

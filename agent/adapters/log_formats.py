@@ -13,7 +13,7 @@ import regex
 from agent.domain.errors import SpecError
 from agent.domain.observations import LogEvent, LogHeader, LogPoint
 from agent.domain.specs import Spec
-from trainer.report import Event, Header, TrainPoint, ValPoint, parse_line
+from trainer.report import Event, FinalPoint, Header, TrainPoint, ValPoint, parse_line
 
 _PATTERN_SECONDS = 0.05
 """For one line; a pattern that backtracks for longer would do so on every line."""
@@ -66,6 +66,8 @@ class ParameterGolfFormat:
                 if parsed.step > _MAX_COUNT:
                     return UNREADABLE
                 return LogEvent(kind=parsed.kind, step=parsed.step, detail=parsed.detail)
+            case FinalPoint():
+                return None  # its result.json says it too, and no curve has it
             case None:
                 return UNREADABLE if line.startswith(('{"caddie":', "step:")) else None
 

@@ -43,8 +43,10 @@ def build_order(
         argv = list(spec.command)
     elif launch.kind is RunKind.TRAIN:
         config = spec.train_config(trial.seed).to_json()
-        argv = _trainer("train", out / CONFIG, data, out)
+        argv = _trainer("train", out / CONFIG, data, out, processes=spec.processes)
         argv += ["--checkpoints", str(root / trial_directory(trial) / CHECKPOINTS), "--resume", "auto"]
+        if spec.init_from is not None:
+            argv += ["--init-from", str(root / spec.init_from)]
     elif launch.source is not None:
         argv = _trainer(str(launch.kind), root / launch.source, data, out)
     else:
@@ -60,8 +62,11 @@ def build_order(
     return order, config
 
 
-def _trainer(verb: str, source: Path, data: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "trainer", verb, str(source), "--data", str(data), "--out", str(out)]
+def _trainer(verb: str, source: Path, data: Path, out: Path, *, processes: int = 1) -> list[str]:
+    """A verb of the trainer; under torchrun where it is more than one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = torchrun if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "trainer", verb, str(source), "--data", str(data), "--out", str(out)]
 
 
 def _working_directory(root: Path, asked: str | None, out: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from agent.domain.specs import Spec
+from trainer.config import UNKNOWN_PRESET, TrainerSettings
 
 Path = tuple[str | int, ...]
 
@@ -52,6 +53,8 @@ def remedy_for(kind: str, location: Path, given: object, context: Mapping[str, A
         return "use lower-case letters, digits, dot, dash and underscore, at most 64, starting with a letter or digit"
     if kind == "literal_error":
         return _closest(str(given), _quoted(str(context.get("expected", ""))))
+    if kind == UNKNOWN_PRESET:
+        return _closest(str(context["name"]), str(context["names"]).split(", "))
     if kind in {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}:
         bound = next(iter(context.values()), "")
         words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}.get(kind, "at most")
@@ -93,7 +96,12 @@ def _fields_of(section: Path) -> list[str]:
         if model is None or not isinstance(part, str) or part not in model.model_fields:
             return []
         model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if model is not None else []
+    return _names_in(model) if model is not None else []
+
+
+def _names_in(model: type[BaseModel]) -> list[str]:
+    """What may stand in a section: its fields, and the preset that a trainer's settings may begin from."""
+    return [*model.model_fields, *(["preset"] if issubclass(model, TrainerSettings) else [])]
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
@@ -111,8 +119,9 @@ def _places() -> dict[str, list[str]]:
     places: dict[str, list[str]] = {}
 
     def visit(model: type[BaseModel], path: str) -> None:
-        for name, info in model.model_fields.items():
+        for name in _names_in(model):
             places.setdefault(name, []).append(f"`{path}:`" if path else "the top level")
+        for name, info in model.model_fields.items():
             if inner := _model_in(info.annotation):
                 visit(inner, f"{path}.{name}" if path else name)
 

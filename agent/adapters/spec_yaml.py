@@ -20,6 +20,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from agent.adapters.spec_remedies import remedy_for
 from agent.domain.errors import SpecError
 from agent.domain.specs import LogSpec, Spec
+from trainer.config import UNKNOWN_PRESET
 
 MAX_SPEC_BYTES = 256 << 10
 
@@ -140,6 +141,8 @@ def _schema_problems(error: ValidationError, lines: dict[Place, int]) -> list[_P
     problems = []
     for detail in details:
         location, kind = tuple(detail["loc"]), detail["type"]
+        if kind == UNKNOWN_PRESET:
+            location = (*location, "preset")  # it is no field, so pydantic blames the section
         if kind == "too_short" and any(
             len(d["loc"]) > len(location) and d["loc"][: len(location)] == location for d in details
         ):

@@ -11,10 +11,12 @@ import math
 from datetime import datetime, timedelta
 
 from agent.decisions.thresholds import RetryPolicy
+from agent.decisions.torchrun import seen_through
 from agent.domain.actions import Finish, MarkPaused, Numbers, Requeue
 from agent.domain.specs import Metric
 from agent.domain.trials import LIVE_TRIAL_STATES, Result, RunKind, RunState, StopCause, TrialState
 from agent.domain.views import RunView, TrialView
+from trainer.config import BatchConfig
 from trainer.report import ExitCode
 
 Verdict = Finish | Requeue | MarkPaused
@@ -45,6 +47,7 @@ def judge_exit(trial: TrialView, retries: RetryPolicy) -> Verdict | None:
     run = trial.last_train_run
     if run is None:
         return _give_back(trial, "no run of this trial is on record", Result.FAILED_LOST, retries)
+    run = seen_through(trial, run)
     cause = _purpose(trial, run)
     return (
         _completed(trial, run, cause)
@@ -161,17 +164,28 @@ def _by_trainers_word(trial: TrialView, run: RunView) -> Finish | None:
         reason = f"the loss stopped being finite {_where(trial)}: {_last_line(run)}"
         return _finish(trial, run, Result.FAILED_DIVERGED, reason)
     if code == ExitCode.OUT_OF_MEMORY:
-        batch = trial.spec.trainer.batch
-        micro = batch.micro_tokens
-        reason = (
-            f"out of memory with micro-batches of {micro:,} tokens. Remedy: batch.micro_batch_tokens "
-            f"{max(batch.train_seq_len, micro // 2 // batch.train_seq_len * batch.train_seq_len):,} "
-            "(more accumulation, the same tokens a step), or a GPU with more free memory"
+        return _finish(
+            trial, run, Result.FAILED_OOM, _out_of_memory(run, trial.spec.trainer.batch, trial.spec.processes)
         )
-        return _finish(trial, run, Result.FAILED_OOM, reason)
     if code == ExitCode.BAD_INPUT:
         return _finish(trial, run, Result.FAILED_CRASHED, f"the trainer refused its input: {_last_line(run)}")
     return None
+
+
+def _out_of_memory(run: RunView, batch: BatchConfig, processes: int) -> str:
+    """The reason and the remedy. Where the trainer chose the micro-batch, it is the trainer's log that names it."""
+    micro = batch.micro_batch_tokens
+    if micro is None:
+        return (
+            f"out of memory with micro-batches of the trainer's own choice: {_last_line(run)}. Remedy: give "
+            "batch.micro_batch_tokens, less than the log tells (more accumulation, the same tokens a step), or a GPU "
+            "with more free memory"
+        )
+    smaller = [tokens for tokens in batch.micro_choices(processes) if tokens <= micro // 2]
+    remedy = (
+        f"batch.micro_batch_tokens {max(smaller):,} (more accumulation, the same tokens a step), or " if smaller else ""
+    )
+    return f"out of memory with micro-batches of {micro:,} tokens. Remedy: {remedy}a GPU with more free memory"
 
 
 def _paused(trial: TrialView, run: RunView, cause: StopCause | None) -> MarkPaused | None:

@@ -21,7 +21,7 @@ from agent.domain.observations import Device
 from agent.domain.trials import RunKind
 from agent.domain.views import LedgerView, TrialView
 from trainer.config import LimitsConfig, TrainConfig, TrainerSettings
-from trainer.sizing import peak_memory_bytes
+from trainer.sizing import USABLE_SHARE, fitting_micro_tokens, peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,20 +107,32 @@ def gpus_wanted(trial: TrialView, free: FreeDevices) -> int | NoPlace:
 
 
 def memory_need(trial: TrialView) -> Callable[[Device], int]:
-    """Bytes that a run needs free on a card: as declared, else predicted from the shape, else half of the card."""
+    """Bytes that a run needs free on a card: as declared, else predicted from the shape and from the micro-batch that
+    the trainer will choose on such a card, else half of the card."""
     if trial.spec.resources.vram_gb is not None:
         bytes_needed = int(trial.spec.resources.vram_gb * 1e9)
     elif trial.spec.trainer is not None:
-        bytes_needed = _peak_memory(trial.spec.trainer)
+        settings, processes = trial.spec.trainer, trial.spec.processes
+        return lambda gpu: _peak_memory(settings, processes, gpu.memory_total_bytes)
     else:
         return lambda gpu: gpu.memory_total_bytes // 2
     return lambda _: bytes_needed
 
 
 @lru_cache(maxsize=1024)
-def _peak_memory(trainer: TrainerSettings) -> int:
-    """It depends on the shape and the batch, not on seed or limits: any will do here."""
-    return peak_memory_bytes(TrainConfig(**dict(trainer), limits=LimitsConfig(steps=1)))
+def _peak_memory(trainer: TrainerSettings, processes: int, total_bytes: int) -> int:
+    """Of a run that has a card of `total_bytes` for itself; where not even the least micro-batch fits, of that one.
+
+    It depends on the shape and the batch, not on seed or limits: any will do here.
+    """
+    config = TrainConfig(**dict(trainer), limits=LimitsConfig(steps=1))
+    micro = trainer.batch.micro_batch_tokens
+    if micro is None:
+        usable = int(USABLE_SHARE * total_bytes)
+        micro = fitting_micro_tokens(config, usable, world_size=processes) or min(
+            trainer.batch.micro_choices(processes)
+        )
+    return peak_memory_bytes(config, micro_tokens=micro, world_size=processes)
 
 
 def _reserve(trial: TrialView, free: FreeDevices, now: datetime, policy: Policy) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from trainer.config import LimitsConfig, TrainConfig, TrainerSettings
+from trainer.config import BatchConfig, LimitsConfig, TrainConfig, TrainerSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -74,6 +74,13 @@ class Spec(_Section):
     budget_bytes: int = Field(default=16_000_000, gt=0, description="Artifact budget, decimal bytes.")
     data: str = Field(default="data", max_length=1000, description="Prepared data set; relative to the workspace.")
     trainer: TrainerSettings | None = None
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="Checkpoint of another trainer run, relative to the workspace, that this one branches off: it "
+        "begins with its weights, under limits and a schedule of its own.",
+    )
     command: tuple[str, ...] | None = Field(
         default=None, min_length=1, max_length=1000, description="Any other program, as a list of arguments (no shell)."
     )
@@ -118,15 +125,38 @@ class Spec(_Section):
         if self.trainer is not None:
             if self.limits is None:
                 raise ValueError("a trainer spec needs limits: wallclock_seconds, tokens or steps")
-            if (self.resources.gpus or 0) > 1:
-                raise ValueError("a trainer run uses one GPU; resources.gpus must be 0 or 1")
+            self._require_a_share_of_the_batch(self.trainer.batch)
             for field in ("log", "track", "working_directory"):
                 if getattr(self, field) is not None:
                     raise ValueError(f"{field} belongs to command specs")
             self.train_config(self.seeds[0]).require_feasible()
+        elif self.init_from is not None:
+            raise ValueError("init_from belongs to trainer specs")
         if self.name in self.after:
             raise ValueError("an experiment cannot wait for itself")
         return self
+
+    def _require_a_share_of_the_batch(self, batch: BatchConfig) -> None:
+        """Raise ValueError unless each GPU gets the same whole number of micro-batches."""
+        count = self.processes
+        choices = batch.micro_choices(count)
+        if not choices:
+            raise ValueError(
+                f"resources.gpus {count}: they cannot share a step of {batch.train_batch_tokens} tokens in windows of "
+                f"{batch.train_seq_len}; give trainer.batch.train_batch_tokens as a multiple of "
+                f"{count * batch.train_seq_len}"
+            )
+        if batch.micro_batch_tokens is not None and batch.micro_batch_tokens not in choices:
+            raise ValueError(
+                f"resources.gpus {count}: micro-batches of {batch.micro_batch_tokens} tokens do not divide a step of "
+                f"{batch.train_batch_tokens} tokens evenly; trainer.batch.micro_batch_tokens can be at most "
+                f"{max(choices)}"
+            )
+
+    @property
+    def processes(self) -> int:
+        """How many processes a training run is: one for each GPU of a trainer spec."""
+        return max(1, self.resources.gpus or 1) if self.trainer is not None else 1
 
     @property
     def can_pause(self) -> bool:
@@ -150,12 +180,16 @@ class Spec(_Section):
 
 
 class Metric(StrEnum):
-    """The four finals. They are four different numbers and are never compared with one another."""
+    """The finals. They are different numbers and are never compared with one another."""
 
     RAW = "raw"
+    """The weights as training left them."""
     EMA = "ema"
+    """Their average, exponential or plain."""
     ARTIFACT = "artifact"
     SLIDING = "sliding"
+    TTT = "ttt"
+    """The artifact with test-time training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +199,8 @@ class Track:
     val: str
     """First 12 digits of the validation set's hash, or `name:...` as a command spec declares it."""
     limit: str
-    """Such as `180s` or `65536000tok`; `open` where a command declares none."""
+    """Such as `180s` or `65536000tok`; `180s+from:...` for branches of one checkpoint, by the hash of its path; `open`
+    where a command declares none."""
     budget_bytes: int
 
     @property
@@ -187,6 +222,9 @@ def track_of(spec: Spec, val_sha256: str | None) -> Track:
             parts.append(f"{config.limits.wallclock_seconds:g}s")
         if config.token_limit is not None:
             parts.append(f"{config.token_limit}tok")
+        if spec.init_from is not None:
+            # A branch has its trunk's training behind it: no equal limit makes it comparable with a run from scratch.
+            parts.append(f"from:{hashlib.sha256(spec.init_from.encode()).hexdigest()[:8]}")
         return Track(val=(val_sha256 or "unknown")[:12], limit="+".join(parts), budget_bytes=spec.budget_bytes)
     limits = spec.limits
     limit = "open"

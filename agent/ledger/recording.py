@@ -23,7 +23,7 @@ from agent.domain.observations import (
     RunProbe,
     SpecArrival,
 )
-from agent.domain.specs import track_of
+from agent.domain.specs import Spec, track_of
 from agent.domain.trials import LIVE_RUN_STATES, RunEvent, RunKind, TrialEvent, TrialState
 from agent.ledger.column_types import LARGEST_INTEGER, clean
 from agent.ledger.readings import take_reading
@@ -102,7 +102,7 @@ class Recording:
         spec, sha256 = arrival.spec, arrival.spec.sha256()
         known = self.session.scalar(select(ExperimentRow).where(ExperimentRow.name == spec.name))
         if known is not None:
-            if known.spec_sha256 == sha256:
+            if known.spec_sha256 == sha256 or _means_the_same(known.spec_json, spec):
                 return []
             raise DuplicateNameError(
                 f"{arrival.source_name}: field 'name': an experiment named '{spec.name}' with other contents exists "
@@ -265,3 +265,11 @@ def _instant(text: str) -> datetime | None:
     except ValueError:
         return None
     return instant.astimezone(UTC) if instant.tzinfo is not None else None
+
+
+def _means_the_same(stored: str, spec: Spec) -> bool:
+    """Whether a spec stored by an older version, which had fewer fields, is this one: what it lacks has its default."""
+    try:
+        return Spec.model_validate_json(stored) == spec
+    except ValueError:  # it was valid once, and is not what arrived
+        return False

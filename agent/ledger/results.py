@@ -15,6 +15,8 @@ from agent.ledger.tables import ArtifactRow, RunRow, TrialRow
 from agent.ledger.transitions import add_score
 from trainer.report import EvaluateResult, ExportResult, TrainResult, parse_result
 
+_FINAL_OF = {"plain": Metric.ARTIFACT, "sliding": Metric.SLIDING, "ttt": Metric.TTT}
+
 
 def take_result(session: Session, trial: TrialRow, run: RunRow, text: str, at: datetime) -> str | None:
     """Store a result. Returns the problem if something about it could not be accepted, else None.
@@ -34,7 +36,7 @@ def take_result(session: Session, trial: TrialRow, run: RunRow, text: str, at: d
             run.has_result = True
             run.model_path = in_workspace(run.directory, result.model_path)
             run.params = result.params
-            return _score(session, trial, run, result, at)
+            return _score(session, trial, run, result, at) or _averaged_score(session, trial, run, result, at)
         case ExportResult():
             return _artifact(session, trial, run, result)
         case EvaluateResult():
@@ -92,11 +94,22 @@ def _score(
     return None
 
 
+def _averaged_score(session: Session, trial: TrialRow, run: RunRow, result: TrainResult, at: datetime) -> str | None:
+    """The final of the average of the weights, if there is one, once the raw one was accepted."""
+    bpb, loss = result.averaged_val_bpb, result.averaged_val_loss
+    if bpb is None or loss is None:
+        return None
+    if not (math.isfinite(bpb) and math.isfinite(loss) and bpb > 0):
+        return f"{run.directory}/result.json tells averaged_val_bpb {bpb}, averaged_val_loss {loss}: no score"
+    add_score(session, trial, Metric.EMA, run_id=run.id, bpb=bpb, loss=loss, at=at)
+    return None
+
+
 def _final(result: TrainResult | EvaluateResult) -> Metric:
-    """Which of the four finals a score is. A sliding score is never taken for the plain one of the artifact."""
+    """Which of the finals a score is. A sliding score is never taken for the plain one of the artifact."""
     if isinstance(result, TrainResult):
         return Metric.RAW
-    return Metric.SLIDING if result.metric == "sliding" else Metric.ARTIFACT
+    return _FINAL_OF[result.metric]
 
 
 def in_workspace(directory: str, path: str) -> str:

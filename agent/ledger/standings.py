@@ -31,6 +31,7 @@ class BoardRow:
     ema_bpb: float | None
     artifact_bpb: float | None
     sliding_bpb: float | None
+    ttt_bpb: float | None
     artifact_bytes: int | None
     budget_bytes: int
     over_budget: bool
@@ -145,6 +146,7 @@ def _board_rows(session: Session, track: Track, placed: list[int], others: list[
                 ema_bpb=bpb.get((trial_id, Metric.EMA)),
                 artifact_bpb=bpb.get((trial_id, Metric.ARTIFACT)),
                 sliding_bpb=bpb.get((trial_id, Metric.SLIDING)),
+                ttt_bpb=bpb.get((trial_id, Metric.TTT)),
                 artifact_bytes=artifact_bytes,
                 budget_bytes=track.budget_bytes,
                 over_budget=artifact_bytes is not None and artifact_bytes > track.budget_bytes,

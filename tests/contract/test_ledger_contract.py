@@ -496,6 +496,50 @@ def test_a_sliding_score_is_a_final_of_its_own(world: World) -> None:
     assert (board.rows[0].artifact_bpb, board.rows[0].sliding_bpb) == (None, 1.4)
 
 
+def test_test_time_training_is_a_final_of_its_own(world: World) -> None:
+    world.enqueue(spec())
+    world.complete(1, 1.5)
+    world.export(1, bpb=1.51)
+    world.launch(1, "e2", RunKind.EVALUATE)
+    assert not world.exit("e2", result=evaluate_result(1.3, metric="ttt", context=1024)).problems
+    assert world.trial().scores == {Metric.RAW: 1.5, Metric.ARTIFACT: 1.51, Metric.TTT: 1.3}
+    (board,) = world.reader().best()
+    assert (board.metric, board.rows[0].ttt_bpb) == (Metric.ARTIFACT, 1.3)
+
+
+def test_the_final_of_an_average_stands_beside_the_raw_one(world: World) -> None:
+    world.running()
+    averaged = {"averaging": "swa", "averaged_val_loss": 3.4, "averaged_val_bpb": 1.39, "raw_model_path": "raw.pt"}
+    result = json.dumps({"result": json.loads(train_result(1.4))["result"] | averaged})
+    assert not world.exit(result=result).problems
+    assert world.trial().scores == {Metric.RAW: 1.4, Metric.EMA: 1.39}
+    assert world.trial().model_path == "runs/t-1/u1/model.pt"
+    assert world.reader().best()[0].rows[0].ema_bpb == 1.39
+
+
+def test_an_average_of_several_models_is_the_final_of_no_trial(world: World) -> None:
+    world.running()
+    average = {
+        "kind": "average", "method": "uniform", "model_path": "m.pt", "model_sha256": "aa", "val_loss": 3.0,
+        "val_bpb": 1.2, "val_sha256": "ab" * 32, "members": [],
+    }  # fmt: skip
+    (problem,) = world.exit(result=json.dumps({"result": average})).problems
+    assert "is a result of average, but the run was to train" in problem
+    assert world.trial().scores == {}
+
+
+def test_a_spec_of_an_older_version_that_means_the_same_is_the_same(world: World) -> None:
+    """Its stored text and hash lack the fields that came later."""
+    world.enqueue(spec())
+    old = json.loads(spec().canonical_json())
+    del old["init_from"], old["trainer"]["averaging"], old["trainer"]["model"]["smear_gate"]
+    with closing(sqlite3.connect(world.path)) as raw, raw:
+        raw.execute("UPDATE experiments SET spec_json = ?, spec_sha256 = 'of another version'", (json.dumps(old),))
+    assert world.record(arrivals=(arrival(spec()),)).enqueued == ()
+    settled = world.record(arrivals=(arrival(spec(priority=spec().priority + 1)),)).settled_specs
+    assert "with other contents" in str(settled[0][1])
+
+
 def test_a_run_that_vanished_after_its_result_keeps_it(world: World) -> None:
     world.running()
     world.probe(state=ProbeState.GONE, result_text=train_result(1.4))

@@ -70,3 +70,17 @@ def test_another_vocabulary_names_both_numbers(tmp_path: Path) -> None:
         val_sha256_of(tmp_path, spec())
     assert caught.value.field == "trainer.model.vocab_size"
     assert caught.value.remedy.startswith("set it to 1024")
+
+
+def test_a_checkpoint_to_begin_from_must_be_there_unless_it_is_still_to_be_made(tmp_path: Path) -> None:
+    write(tmp_path / "data", json.dumps({"val_sha256": "ab" * 32, "vocab_size": 512}))
+    with pytest.raises(SpecError, match=r"no checkpoint at .*runs/a-1/last\.pt") as caught:
+        val_sha256_of(tmp_path, spec(init_from="runs/a-1/last.pt"))
+    assert caught.value.field == "init_from"
+    assert caught.value.remedy
+    assert val_sha256_of(tmp_path, spec(init_from="runs/a-1/last.pt", after=["a"]))
+    write(tmp_path / "runs/a-1/last.pt", "")  # a folder of that name is no checkpoint
+    with pytest.raises(SpecError, match="no checkpoint"):
+        val_sha256_of(tmp_path, spec(init_from="runs/a-1/last.pt"))
+    (tmp_path / "there.pt").touch()
+    assert val_sha256_of(tmp_path, spec(init_from="there.pt")) == "ab" * 32

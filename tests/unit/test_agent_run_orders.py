@@ -78,6 +78,30 @@ def test_training_resumes_from_the_checkpoints_that_all_runs_of_the_trial_share(
     assert order.run_uuid == UUID
 
 
+def test_several_gpus_train_under_torchrun_and_only_train(tmp_path: Path) -> None:
+    asking = trial(trainer={}, limits={"steps": 10}, resources={"gpus": 4})
+    cards = Assignment(gpu_uuids=("a", "b", "c", "d"))
+    order, _ = build_order(tmp_path, asking, launch(assignment=cards), run_uuid=UUID, directory=DIRECTORY)
+    assert order.argv[:10] == [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
+        *("-m", "trainer", "train", str(tmp_path / DIRECTORY / "config.json")),
+    ]
+    assert order.env["CUDA_VISIBLE_DEVICES"] == "a,b,c,d"
+    scored, _ = build_order(tmp_path, asking, launch(RunKind.EVALUATE, "m"), run_uuid=UUID, directory="d")
+    assert scored.argv[:4] == [sys.executable, "-m", "trainer", "evaluate"]
+
+
+def test_a_branch_begins_from_a_file_of_the_workspace(tmp_path: Path) -> None:
+    spec = {"trainer": {}, "limits": {"steps": 10}}
+    order, _ = build_order(
+        tmp_path, trial(**spec, init_from="runs/a-1/x.pt"), launch(), run_uuid=UUID, directory=DIRECTORY
+    )
+    assert order.argv[-2:] == ["--init-from", str(tmp_path / "runs/a-1/x.pt")]
+    plain, _ = build_order(tmp_path, trial(**spec), launch(), run_uuid=UUID, directory=DIRECTORY)
+    assert "--init-from" not in plain.argv
+
+
 @pytest.mark.parametrize("kind", [RunKind.EXPORT, RunKind.EVALUATE])
 def test_an_export_and_an_evaluation_read_their_file_and_have_no_timeout(tmp_path: Path, kind: RunKind) -> None:
     spec = {"trainer": {}, "limits": {"steps": 10}, "timeout_seconds": 5, "data": "/elsewhere"}

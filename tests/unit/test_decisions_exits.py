@@ -64,7 +64,7 @@ class TestExits:
         ("code", "result", "words"),
         [
             (66, Result.FAILED_DIVERGED, "finite"),
-            (67, Result.FAILED_OOM, "micro_batch_tokens 32,768"),
+            (67, Result.FAILED_OOM, "of the trainer's own choice: no such shard"),
             (2, Result.FAILED_CRASHED, "refused its input: no such shard"),
             (1, Result.FAILED_CRASHED, "exit code 1: no such shard"),
             (0, Result.FAILED_CRASHED, "no readable result.json"),
@@ -79,6 +79,16 @@ class TestExits:
         found, reason = finished(trial(TrialState.RUNNING, over))
         assert found is result
         assert words in reason
+
+    def test_out_of_memory_names_the_next_valid_micro_batch(self) -> None:
+        batch = {"train_batch_tokens": 61440, "micro_batch_tokens": 20480}  # 60 windows, 20 at a time
+        spec = {"trainer": {"batch": batch}, "limits": {"steps": 3}}
+        reason = finished(trial(TrialState.RUNNING, run(returncode=67), spec=spec))[1]
+        assert "micro-batches of 20,480 tokens" in reason
+        assert "batch.micro_batch_tokens 10,240" in reason
+        single = {"trainer": {"batch": {**batch, "micro_batch_tokens": 1024}}, "limits": {"steps": 3}}
+        reason = finished(trial(TrialState.RUNNING, run(returncode=67), spec=single))[1]
+        assert reason.endswith("Remedy: a GPU with more free memory")
 
     def test_out_of_memory_outranks_a_pause(self) -> None:
         over = run(returncode=67, stop_cause=StopCause.PAUSE)

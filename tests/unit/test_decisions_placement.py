@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from agent.decisions.budget_gate import size_of
+from agent.decisions.placement import memory_need
 from agent.domain.actions import Action, Assignment, Finish, Launch, Wait
 from agent.domain.budget import BudgetVerdict
 from agent.domain.observations import DeviceProcess, Devices
 from agent.domain.trials import Result, RunKind, RunState, TrialState
 from agent.domain.views import TrialView
-from placement_views import NO_GPU, NOW, command, decided, done, gpu, launched, machine, only, run, trial, waits
+from placement_views import GB, NO_GPU, NOW, command, decided, done, gpu, launched, machine, only, run, trial, waits
+from trainer.sizing import fitting_micro_tokens, peak_memory_bytes
 
 
 def passed(trial_id: int, **spec: Any) -> TrialView:
@@ -87,6 +89,23 @@ class TestPlacement:
         half_full = machine(gpu(total=80, used=76))
         assert launched(only(half_full, trial(spec={"trainer": thin})))
         assert "4.0 GB free, needs " in waits(only(half_full, trial(spec={"trainer": wide})))
+
+    def test_the_micro_batch_is_that_which_the_trainer_will_choose_on_the_card(self) -> None:
+        asking = trial(spec={"trainer": {"preset": "recommended"}})
+        settings = asking.spec.train_config(1337)
+        for total in (16, 40, 141):
+            micro = fitting_micro_tokens(settings, int(0.9 * total * GB))
+            assert memory_need(asking)(gpu(total=total)) == peak_memory_bytes(settings, micro_tokens=micro)
+        # A card where nothing fits is too small for the least micro-batch too.
+        assert memory_need(asking)(gpu(total=2)) > 2 * GB
+        assert "needs " in waits(only(machine(gpu(total=2)), asking))
+
+    def test_a_micro_batch_that_is_given_and_the_number_of_processes_count(self) -> None:
+        batch = {"micro_batch_tokens": 8192}
+        asking = trial(spec={"trainer": {"batch": batch}, "resources": {"gpus": 2}})
+        settings = asking.spec.train_config(1337)
+        assert memory_need(asking)(gpu(total=141)) == peak_memory_bytes(settings, micro_tokens=8192, world_size=2)
+        assert len(launched(only(machine(gpu(0), gpu(1)), asking)).gpu_uuids) == 2
 
     def test_several_gpus(self) -> None:
         four = command(resources={"gpus": 2, "vram_gb": 4})

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from agent.domain.budget import BudgetVerdict
 from agent.domain.specs import Spec, Track, track_of
+from trainer.presets import PRESETS
 
 TRAINER = {"name": "a", "limits": {"wallclock_seconds": 45}, "trainer": {}}
 COMMAND = {"name": "b", "command": ["python", "x.py"]}
@@ -33,7 +34,11 @@ def test_seed_and_limits_reach_the_trainer() -> None:
         ({"name": "../up"}, "pattern"),
         ({"env": {"CUDA_VISIBLE_DEVICES": "0"}}, "set by Caddie"),
         ({"after": ["a"]}, "wait for itself"),
-        ({"resources": {"gpus": 2}}, "one GPU"),
+        ({"resources": {"gpus": 3}}, "cannot share a step of 524288 tokens"),
+        ({"resources": {"gpus": 2}, "trainer": {"batch": {"micro_batch_tokens": 524288}}}, "at most 262144"),
+        ({"trainer": None, "command": ["x"], "init_from": "a.pt"}, "init_from belongs to trainer"),
+        ({"init_from": ""}, "at least 1"),
+        ({"trainer": {"preset": "recomended"}}, "not one of recommended, baseline"),
         ({"log": {"format": "jsonl", "fields": {"step": "s"}}}, "belongs to command"),
         ({"lerning_rate": 1}, "Extra inputs"),
         ({"limits": {}}, "at least one"),
@@ -64,6 +69,29 @@ def test_equal_specs_have_equal_hashes_whatever_the_order_of_keys() -> None:
     second = Spec.model_validate({"limits": {"steps": 5}, "trainer": {}, "tags": ["x"], "name": "a"})
     assert first.sha256() == second.sha256()
     assert first.sha256() != Spec.model_validate(TRAINER).sha256()
+
+
+def test_a_trainer_runs_one_process_a_gpu_and_a_command_is_one() -> None:
+    counts = [Spec.model_validate(TRAINER | {"resources": {"gpus": gpus}}).processes for gpus in (None, 0, 1, 4)]
+    assert counts == [1, 1, 1, 4]
+    assert Spec.model_validate(COMMAND | {"resources": {"gpus": 4}}).processes == 1
+
+
+def test_a_preset_becomes_its_settings_and_what_stands_beside_it_wins() -> None:
+    trainer = {"preset": "recommended", "model": {"num_layers": 12, "recurrence": None}}
+    spec = Spec.model_validate(TRAINER | {"trainer": trainer})
+    assert spec.trainer is not None
+    assert (spec.trainer.model.num_layers, spec.trainer.model.recurrence) == (12, None)
+    assert spec.trainer.model.vocab_size == 4096
+    stored = spec.canonical_json()
+    assert "preset" not in stored  # a preset may change; an experiment may not
+    assert Spec.model_validate_json(stored) == spec
+
+
+def test_the_schema_shows_presets() -> None:
+    settings = Spec.model_json_schema()["$defs"]["TrainerSettings"]["properties"]
+    assert settings["preset"]["enum"] == list(PRESETS)
+    assert "model" in settings
 
 
 def test_a_track_separates_what_cannot_be_compared() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from trainer.artifact import MAGIC, Artifact, ArtifactError, pack, read_artifact, unpack
 from trainer.config import ExportConfig, LimitsConfig, ModelConfig, RecurrenceConfig, TrainConfig
 from trainer.model.gpt import GPT
+from trainer.parameters import parameters
 from trainer.quantization.coding import decode, encode
 from trainer.quantization.fake_quant import fake_quantize
 from trainer.sizing import INFERENCE_MODULES, parameter_shapes
@@ -79,6 +80,38 @@ def test_its_model_scores_as_the_fake_quantised_model_does(loop: bool) -> None:
     with torch.no_grad():
         got = unpack(_packed(config, loop=loop), "it").model("cpu").token_losses(inputs, targets)
         assert torch.equal(got, trained.token_losses(inputs, targets))
+
+
+def test_gates_and_mixes_are_halves_of_any_rank() -> None:
+    options = {"unet_skips": True, "residual_mix": True, "attention_gate": "full", "parallel_from": 1}
+    more = {"smear_gate": True, "tie_embeddings": False, "value_embedding": {"layers": (1,), "dim": 4}}
+    plain = _config()
+    config = plain.model_copy(update={"model": ModelConfig(**plain.model.model_dump() | options | more)})
+    state, table = _state(config), parameters(config.model)
+    artifact = unpack(_packed(config, state), "it")
+    for name, weight in state.items():
+        intended = fake_quantize(weight, 6, None) if table[name].quantized else weight.half().float()
+        assert torch.equal(artifact.state[name], intended)
+    inputs, targets = torch.randint(0, 24, (2, 3, 9), generator=torch.Generator().manual_seed(1))
+    assert bool(torch.isfinite(artifact.model("cpu").token_losses(inputs, targets)).all())
+
+
+def test_an_artifact_from_before_the_options_is_still_read() -> None:
+    """Its config says nothing of them."""
+    known = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "activation"}
+    known |= {"rope_fraction", "rope_base", "qk_gain_init", "logit_softcap", "tied_embed_init_std"}
+
+    def forget(manifest: dict, _: bytes) -> None:  # type: ignore[type-arg]
+        config = json.loads(manifest["config"])
+        config["model"] = {name: config["model"][name] for name in known} | {
+            "recurrence": {"first": 1, "last": 1, "loops": 2, "start_fraction": 0.5}
+        }
+        manifest["config"] = json.dumps({"model": config["model"], "limits": {"steps": 1}})
+
+    config = _config()
+    artifact = unpack(_forge(_packed(config), forget), "it")
+    assert artifact.config == config
+    assert torch.equal(artifact.state["blocks.1.attn_scale"], _state(config)["blocks.1.attn_scale"].half().float())
 
 
 def test_packing_is_deterministic(packed: bytes) -> None:
@@ -203,7 +236,8 @@ def test_reading_a_file_names_it(tmp_path: Path, packed: bytes) -> None:
 
 def test_scoring_imports_exactly_the_modules_that_are_counted_as_code() -> None:
     program = (
-        "import sys, trainer.artifact, trainer.evaluation\n"
+        # The last one is for CUDA only.
+        "import sys, trainer.artifact, trainer.evaluation, trainer.model.varlen_attention\n"
         "sys.stdout.write(' '.join(sorted(m for m in sys.modules if m.split('.')[0] == 'trainer')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

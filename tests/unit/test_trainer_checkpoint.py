@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 
 from trainer.checkpoint import (
     Checkpoint,
-    CheckpointError,
     find_checkpoint,
     load_checkpoint,
-    load_model,
     newest_first,
     save_checkpoint,
-    save_model,
 )
 from trainer.config import LimitsConfig, ModelConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
 from trainer.model.gpt import GPT
+from trainer.model_file import CheckpointError, load_model, save_model
 
 CONFIG = TrainConfig(
     limits=LimitsConfig(steps=4),

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from trainer.artifact import ArtifactError, pack, unpack
-from trainer.checkpoint import CheckpointError, save_model
 from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
@@ -20,6 +19,7 @@ from trainer.data.prepare import prepare
 from trainer.data.splitting import SeededBytes
 from trainer.export import ExportError, export, prove
 from trainer.model.gpt import GPT
+from trainer.model_file import CheckpointError, save_model
 from trainer.sizing import code_bytes, inference_files, parameter_count, predict_artifact
 
 VOCAB = 300

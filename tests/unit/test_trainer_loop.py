@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch_feed import BatchFeed, open_loader
-from trainer.checkpoint import Checkpoint, load_model, newest_first, save_checkpoint
+from trainer.checkpoint import Checkpoint, newest_first, save_checkpoint
 from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
 from trainer.data.adopting import adopt
@@ -37,6 +37,7 @@ from trainer.evaluation import ValidationStream, evaluate
 from trainer.interruption import StopAskedError, StopRequest
 from trainer.loop import train
 from trainer.model.gpt import GPT
+from trainer.model_file import load_model
 from trainer.optim import Optimizers
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint, TrainResult, ValPoint, parse_line, read_result
 from trainer.warmup import Passes, build_passes, reachable_switches, warm_up
@@ -109,15 +110,22 @@ def scores(lines: list[Line]) -> list[tuple[int, float, float]]:
 
 
 def events(lines: list[Line]) -> list[tuple[str, int]]:
-    return [(line.kind, line.step) for line in lines if isinstance(line, Event)]
+    """Those of the run itself, without what it says of its setting."""
+    setting = {"micro_batch", "attention", "warm_up", "recompiles"}
+    return [(line.kind, line.step) for line in lines if isinstance(line, Event) and line.kind not in setting]
+
+
+def detail(lines: list[Line], kind: str) -> str:
+    (found,) = [line.detail for line in lines if isinstance(line, Event) and line.kind == kind]
+    return found
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A real SIGTERM to this process in the middle of a step."""
     plain = Optimizers.step
 
-    def stopping(self: Optimizers, steps_done: int, multiplier: float) -> None:
-        plain(self, steps_done, multiplier)
+    def stopping(self: Optimizers, steps_done: int, *multipliers: float) -> None:
+        plain(self, steps_done, *multipliers)
         if steps_done + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -134,7 +142,7 @@ def test_a_run_from_header_to_result(data: Path, tmp_path: Path, capsys: pytest.
     assert header.val_sha256 == DataSet.load(data).manifest.val_sha256
     assert header.params == sum(p.numel() for p in GPT(settings.model).parameters())
     assert list(losses(lines)) == list(range(1, 9))
-    assert events(lines) == [("layer_loop", 4), ("late_qat", 6)]
+    assert events(lines) == [("layer_loop", 4), ("late_qat", 6), ("checkpoint", 8)]
     points = [line for line in lines if isinstance(line, ValPoint)]
     assert [(point.step, point.planned_steps) for point in points] == [(4, 8), (8, 8)]
     result = read_result(tmp_path / "result.json")
@@ -267,9 +275,9 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
 ) -> None:
     plain = GPT.token_losses
 
-    def stopping(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def stopping(self: GPT, inputs: Tensor, targets: Tensor, **others: Any) -> Tensor:
         os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, inputs, targets)
+        return plain(self, inputs, targets, **others)
 
     settings = config(evaluation={"every_fraction": 0.6, "every_steps": 3, "batch_tokens": 32})
     _, whole = run(settings, data, tmp_path / "whole", capsys)
@@ -286,7 +294,8 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
         assert newest_first(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns == written
     code, resumed = run(settings, data, tmp_path / "parts", capsys, resume="auto")
     assert code is ExitCode.OK
-    assert isinstance(resumed[1], ValPoint)  # before the first step
+    points = [line for line in resumed if isinstance(line, TrainPoint | ValPoint)]
+    assert isinstance(points[0], ValPoint)  # before the first step
     assert scores(resumed) == scores(whole)
     assert [step for step, _, _ in scores(whole)] == [3, 5, 6, 8]
 
@@ -310,8 +319,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
 ) -> None:
     plain = Optimizers.step
 
-    def poisoning(self: Optimizers, steps_done: int, multiplier: float) -> None:
-        plain(self, steps_done, multiplier if steps_done < 3 else float("nan"))
+    def poisoning(self: Optimizers, steps_done: int, multiplier: float, *others: float) -> None:
+        plain(self, steps_done, multiplier if steps_done < 3 else float("nan"), *others)
 
     monkeypatch.setattr(Optimizers, "step", poisoning)
     code, lines = run(config(checkpoint_seconds=1e-9, evaluation={"every_fraction": None}), data, tmp_path, capsys)
@@ -320,11 +329,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
     kept = newest_first(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step_00000003.pt", "step_00000002.pt"]
     assert not (tmp_path / "model.pt").exists()
+    assert detail(lines, "diverged").startswith("weights not finite; the last good checkpoint is step_00000003.pt")
+    assert "--init-from" in detail(lines, "diverged")
 
     code, lines = run(config(evaluation={"every_fraction": None}), data, tmp_path / "late", capsys)
     assert code is ExitCode.DIVERGED
     assert events(lines)[-1] == ("diverged", 5)  # without one, the next loss tells
     assert losses(lines)[5] != losses(lines)[5]
+    assert "there is no checkpoint: lower the learning rates" in detail(lines, "diverged")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +354,7 @@ def test_running_out_of_memory_names_the_micro_batch_and_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    def failing(*_: object) -> Tensor:
+    def failing(*_: object, **__: object) -> Tensor:
         raise error
 
     monkeypatch.setattr(GPT, "forward", failing)
@@ -357,7 +369,7 @@ def test_running_out_of_memory_names_the_micro_batch_and_the_remedy(
 def test_an_evaluation_that_does_not_fit_names_its_own_batch(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: object) -> Tensor:
+    def failing(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(GPT, "token_losses", failing)
@@ -373,10 +385,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 ) -> None:
     full = {2, 3}
 
-    def saving(directory: Path, checkpoint: Checkpoint) -> Path:
+    def saving(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         if checkpoint.step in full:
             raise OSError(errno.ENOSPC, "No space left on device", "the checkpoint")
-        return save_checkpoint(directory, checkpoint)
+        return save_checkpoint(directory, checkpoint, keep=keep)
 
     monkeypatch.setattr("trainer.training_run.save_checkpoint", saving)
     settings = config(limits={"steps": 4}, checkpoint_seconds=1e-9, qat={"enabled": False})
@@ -430,10 +442,10 @@ def test_a_stop_while_warming_up_ends_the_run_without_a_checkpoint(
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a worker of the compiler died")
 
-    def passes(model: GPT, *, compiled: bool, weighting: object) -> Passes:
+    def passes(model: GPT, *, compiled: bool, **_: object) -> Passes:
         return replace(build_passes(model, compiled=False), loss=compiler_dies, compiled=compiled)
 
-    monkeypatch.setattr("trainer.training_run.build_passes", passes)
+    monkeypatch.setattr("trainer.run_state.build_passes", passes)
     code, lines = run(config(compile=True), data, tmp_path, capsys)
     assert code is ExitCode.INTERRUPTED
     assert events(lines) == [("interrupted", 0)]
@@ -445,7 +457,7 @@ def test_warming_up_looks_for_a_stop_between_graphs_and_lets_other_errors_be() -
     model = GPT(settings.model, settings.export)
     stop, calls = StopRequest(), []
 
-    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(inputs: Tensor, targets: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         calls.append((model.recurrence_active, model.fake_quant_active))
         stop.receive(signal.SIGTERM, None)
         return plain(inputs, targets)
@@ -469,7 +481,7 @@ def test_warming_up_a_resumed_run_leaves_out_what_lies_behind() -> None:
     model = GPT(settings.model, settings.export)
     calls: list[tuple[bool, bool]] = []
 
-    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(inputs: Tensor, targets: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         calls.append((model.recurrence_active, model.fake_quant_active))
         return plain(inputs, targets)
 
@@ -534,8 +546,8 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(
     seen: list[dict[str, Tensor]] = []
     plain = GPT.__init__
 
-    def with_live_projections(self: GPT, *arguments: Any) -> None:
-        plain(self, *arguments)
+    def with_live_projections(self: GPT, *arguments: Any, **named: Any) -> None:
+        plain(self, *arguments, **named)
         with torch.no_grad():  # zero as they start, they would keep most gradients at zero
             for name, parameter in self.named_parameters():
                 if name.endswith("proj.weight"):

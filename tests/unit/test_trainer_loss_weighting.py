@@ -21,7 +21,7 @@ from trainer.data.shards import BOS, write_shard
 from trainer.data.tokenizer import open_tokenizer, train_tokenizer
 from trainer.loss_weighting import ByteWeightedLoss, byte_weighting
 from trainer.model.gpt import GPT
-from trainer.model.head import CHUNK_ROWS, softcapped_logits, weighted_loss
+from trainer.model.head import CHUNK_ROWS, PLAIN, LossTerms, capped_logits, objective
 from trainer.warmup import build_passes
 
 VOCAB = 50
@@ -125,7 +125,7 @@ def test_targets_without_bytes_count_in_bpb_and_not_in_bytes(model: GPT, table: 
     nothing, nats = ByteWeightedLoss(model, table, "bytes", bytes_per_token=MEAN_BYTES)(inputs, only_bos)
     assert float(nothing.detach()) == 0.0
     assert float(nats) > 0
-    torch.testing.assert_close(model.weighted_loss(inputs, only_bos, weight)[0], nothing)
+    torch.testing.assert_close(model.train_loss(inputs, only_bos, weights=weight)[0], nothing)
     something, _ = ByteWeightedLoss(model, table, "bpb", bytes_per_token=MEAN_BYTES)(inputs, only_bos)
     assert math.isfinite(float(something.detach()))
     assert float(something.detach()) > 0
@@ -135,16 +135,17 @@ def test_the_chunked_weighted_loss_has_the_value_and_gradients_of_the_plain_form
     rows = 2 * CHUNK_ROWS + 88
     x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets, row_weights = torch.randint(30, (rows,)), torch.rand(rows) / rows
-    losses = functional.cross_entropy(softcapped_logits(x, weight, 4.0), targets, reduction="none")
+    losses = functional.cross_entropy(capped_logits(x, weight, 4.0), targets, reduction="none")
     plain = (losses * row_weights).sum()
     expected = torch.autograd.grad(plain * 3.0, (x, weight))
-    chunked, mean = weighted_loss(x, weight, targets, 4.0, row_weights)
+    chunked, mean = objective(x, weight, targets, 4.0, terms=PLAIN, row_weights=row_weights)
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(mean, losses.mean().detach())
     for found, wanted in zip(torch.autograd.grad(chunked * 3.0, (x, weight)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(weighted_loss(x, weight, targets, 4.0, row_weights), (plain, losses.mean()))
+        found = objective(x, weight, targets, 4.0, terms=PLAIN, row_weights=row_weights)
+        torch.testing.assert_close(found, (plain, losses.mean()))
 
 
 def test_weighted_passes_compile_to_one_graph_with_the_values_of_plain_ones(model: GPT, table: ByteTable) -> None:
@@ -157,6 +158,18 @@ def test_weighted_passes_compile_to_one_graph_with_the_values_of_plain_ones(mode
         torch.testing.assert_close(compiled, plain)
         assert not compiled[1].requires_grad
         torch.testing.assert_close(gradient(model, compiled[0]), gradient(model, plain[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_other_terms_of_the_loss_act_on_weighted_nats(model: GPT, table: ByteTable) -> None:
+    inputs, targets = batch()
+    weighting = ByteWeightedLoss(model, table, "bytes", bytes_per_token=MEAN_BYTES, terms=LossTerms(2.0, 0.0))
+    bytes_of = torch.from_numpy(table.count(inputs.flatten().numpy(), targets.flatten().numpy()))
+    nats = model.token_losses(inputs, targets).flatten()
+    by_hand = (nats * (1 - torch.exp(-nats)) ** 2 * bytes_of).sum() / bytes_of.sum()
+    found, mean = weighting(inputs, targets)
+    torch.testing.assert_close(found, by_hand)
+    torch.testing.assert_close(gradient(model, found), gradient(model, by_hand), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean, nats.mean().detach())
 
 
 def data_set(folder: Path, *, case_folding: bool) -> DataSet:
@@ -182,9 +195,12 @@ def test_the_bytes_of_a_data_set_are_those_of_its_manifest(tmp_path: Path, case_
     model = GPT(SHAPE.model_copy(update={"vocab_size": dataset.manifest.vocab_size}))
     weighting = byte_weighting(LossConfig(weighting="bpb"), model, dataset)
     assert weighting is not None
+    focal = byte_weighting(LossConfig(weighting="bpb", focal_gamma=1.5, z_loss=0.1), model, dataset)
+    assert focal is not None
     tokens = torch.from_numpy(np.fromfile(dataset.train_shards[0], dtype="<u2", offset=1024).astype(np.int64))
     assert int(weighting.target_bytes(tokens[:-1], tokens[1:]).sum()) == dataset.manifest.train_bytes
-    objective, nats = weighting(tokens[None, :-1], tokens[None, 1:])
-    torch.testing.assert_close(objective.detach(), nats, rtol=1e-2, atol=0)  # the whole data: but for the first token
+    value, nats = weighting(tokens[None, :-1], tokens[None, 1:])
+    torch.testing.assert_close(value.detach(), nats, rtol=1e-2, atol=0)  # the whole data: but for the first token
+    assert float(focal(tokens[None, :-1], tokens[None, 1:])[0].detach()) != float(value.detach())
     marks = torch.tensor([open_tokenizer(dataset.tokenizer_path).piece_to_id(mark) for mark in MARKS])
     assert bool(torch.isin(tokens, marks).any()) == case_folding

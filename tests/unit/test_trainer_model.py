@@ -16,7 +16,7 @@ from trainer.config import ExportConfig, ModelConfig, RecurrenceConfig
 from trainer.model.attention import apply_rope, rope_tables
 from trainer.model.blocks import activate
 from trainer.model.gpt import GPT
-from trainer.model.head import mean_loss, row_losses, softcapped_logits
+from trainer.model.head import capped_logits, mean_loss, row_losses
 from trainer.model.norm import EPS, rms_norm
 from trainer.model.recurrence import execution_order
 from trainer.quantization.fake_quant import fake_quantize
@@ -46,8 +46,8 @@ def tokens(rows: int = 2, time: int = 9) -> tuple[Tensor, Tensor]:
 
 def logits(model: GPT, inputs: Tensor) -> Tensor:
     """(batch, time) -> (batch, time, vocab)."""
-    x, embedding = model._hidden(inputs)
-    return softcapped_logits(x, embedding, model.config.logit_softcap).view(*inputs.shape, -1)
+    x, head = model._hidden(inputs)
+    return capped_logits(x, head, model.config.logit_softcap).view(*inputs.shape, -1)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def test_a_loop_equals_the_same_layers_copied() -> None:
 def test_chunked_loss_has_the_value_and_gradients_of_the_plain_formula() -> None:
     x, weight = torch.randn(600, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(30, (600,))
-    plain = functional.cross_entropy(softcapped_logits(x, weight, 4.0), targets)
+    plain = functional.cross_entropy(capped_logits(x, weight, 4.0), targets)
     expected = torch.autograd.grad(plain * 3.0, (x, weight))
     chunked = mean_loss(x, weight, targets, 4.0)
     torch.testing.assert_close(chunked, plain)

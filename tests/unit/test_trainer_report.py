@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from agent.adapters.log_formats import ParameterGolfFormat
 from trainer.config import LimitsConfig, TrainConfig
 from trainer.report import (
     EvaluateResult,
     Event,
+    EventKind,
     ExportResult,
+    FinalPoint,
     Header,
     Reporter,
     Result,
@@ -68,9 +72,21 @@ RESULTS: list[Result] = [
     clock=seconds,
     rate=st.none() | st.integers(1, 10**8).map(float),
     waited=st.none() | st.integers(0, 10**4).map(lambda n: n / 10**4),
+    mfu=st.none() | st.integers(0, 2000).map(lambda n: n / 1000),
+    memory=st.none() | st.integers(0, 10**5).map(lambda n: n * 10**7),
+    epoch=st.none() | st.integers(0, 10**7).map(lambda n: n / 1000),
 )
 def test_train_lines_round_trip(
-    *, step: int, planned: int, loss: float, clock: float, rate: float | None, waited: float | None
+    *,
+    step: int,
+    planned: int,
+    loss: float,
+    clock: float,
+    rate: float | None,
+    waited: float | None,
+    mfu: float | None,
+    memory: int | None,
+    epoch: float | None,
 ) -> None:
     point = TrainPoint(
         step=step,
@@ -79,6 +95,9 @@ def test_train_lines_round_trip(
         elapsed_seconds=clock,
         tokens_per_second=rate,
         data_wait_share=waited,
+        mfu=mfu,
+        peak_memory_bytes=memory,
+        epoch=epoch,
     )
     assert parse_line(point.line()) == point
 
@@ -90,9 +109,7 @@ def test_val_lines_round_trip(step: int, planned: int, loss: float, bpb: float, 
 
 
 @given(
-    kind=st.sampled_from(
-        ["stopping_early", "layer_loop", "late_qat", "epoch", "checkpoint", "diverged", "interrupted"]
-    ),
+    kind=st.sampled_from(get_args(EventKind)),
     step=steps,
     detail=details,
 )
@@ -117,6 +134,35 @@ def test_the_tail_of_a_train_line_and_lines_of_before_it() -> None:
     assert waited.line() == old + " data:0.03%"
     assert parse_line(waited.line()) == waited
     assert parse_line(old + " data:much") is None
+
+
+def test_a_whole_train_line() -> None:
+    point = TrainPoint(
+        step=3,
+        planned_steps=9,
+        train_loss=1.0,
+        elapsed_seconds=0.012,
+        tokens_per_second=512.0,
+        data_wait_share=0.0003,
+        mfu=0.382,
+        peak_memory_bytes=12_340_000_000,
+        epoch=0.523,
+    )
+    line = (
+        "step:3/9 train_loss:1.0000 train_time:12ms step_avg:4.00ms tok/s:512 data:0.03% mfu:38.2% mem:12.34GB "
+        "epoch:0.523"
+    )
+    assert point.line() == line
+    assert parse_line(line) == point
+    assert parse_line(line.replace("GB", "TB")) is None
+
+
+@given(averaging=st.sampled_from(["ema", "swa"]), loss=losses, bpb=losses)
+def test_the_final_of_an_average_is_read_and_is_no_point(averaging: Any, loss: float, bpb: float) -> None:
+    final = FinalPoint(averaging=averaging, val_loss=loss, val_bpb=bpb)
+    assert parse_line(final.line()) == final
+    assert ParameterGolfFormat().read_line(final.line()) is None
+    assert parse_line(" " + final.line()) is None
 
 
 def test_an_epoch_that_begins() -> None:
@@ -173,6 +219,8 @@ def test_the_reporter_writes_whole_lines() -> None:
     reporter = Reporter(stream)
     reporter.say(HEADER)
     reporter.note("hello\n")
+    assert stream.getvalue() == HEADER.line() + "\nhello\n"
+    Reporter(stream, speaks=False).say(HEADER)
     assert stream.getvalue() == HEADER.line() + "\nhello\n"
 
 

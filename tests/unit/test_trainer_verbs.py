@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from trainer.__main__ import app
-from trainer.checkpoint import save_model
 from trainer.config import LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
 from trainer.model.gpt import GPT
+from trainer.model_file import save_model
 from trainer.report import EvaluateResult, ExportResult, read_result
 
 

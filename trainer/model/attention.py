@@ -1,21 +1,33 @@
-"""Causal self-attention with grouped key/value heads, rotary positions and QK norm.
+"""Causal self-attention with grouped key/value heads, rotary positions, QK norm and what else an output can take.
 
 - Rotary position embedding: Su et al. 2021, arXiv:2104.09864; here the half-split layout, on the first
   `rope_dims` dimensions of each head (partial RoPE leaves the others without a position).
 - Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245.
 - QK norm: Henry et al. 2020, arXiv:2010.04245; RMS norm on queries and keys, then a learned gain per query head.
+- Value embeddings (Zhou et al. 2024, value residuals, arXiv:2410.17897; as token tables in the public modded-nanogpt
+  runs): v <- v + scale * W table[token], with one table and one W for all layers that have a scale; 0 at first.
+- Exclusive self-attention (the public parameter-golf runs): y <- y - (y . u) u with u the position's own value over
+  its norm, so that a head tells a position only what its own value does not.
+- Gated attention (Qiu et al. 2025, arXiv:2505.06708; "sparse", from a few dimensions, in the public runs):
+  y <- y * 2 sigmoid(gate . x), per head, with x the layer's normed input; gate is 0 at first, so the factor is 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import ModelConfig
+from trainer.model.attention_backends import Attend
+from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
+from trainer.parameters import GATE_WIDTH
+
+if TYPE_CHECKING:
+    from trainer.model.adapters import BlockAdapters
 
 
 class RopeTables(NamedTuple):
@@ -56,31 +68,70 @@ class AttentionWeights(NamedTuple):
     proj: Tensor
 
 
+class PassContext(NamedTuple):
+    """What all layers of one pass share: rotary tables, the attention's kernel with its masks, the input embedding
+    (batch, time, dim), and the projected value embedding (batch, time, kv_dim), if there is one."""
+
+    tables: RopeTables
+    attend: Attend
+    embedded: Tensor
+    values: Tensor | None
+
+
+def without_own_value(attended: Tensor, v: Tensor) -> Tensor:
+    """`attended` (batch, time, heads, head_dim) less its share along the position's own value, `v` (batch, time,
+    kv_heads, head_dim); where that is zero, unchanged."""
+    own = functional.normalize(v, dim=-1).unsqueeze(3)
+    grouped = attended.reshape(*v.shape[:3], -1, v.shape[3])
+    return (grouped - (grouped * own).sum(dim=-1, keepdim=True) * own).flatten(2, 3)
+
+
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention over the past, with RoPE and normed queries and keys; its matrices come prepared."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, track_inputs: float | None = None) -> None:
         super().__init__()
+        dim = config.model_dim
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        kv_dim = config.num_kv_heads * config.head_dim
-        self.q = Projection(config.model_dim, config.model_dim)
-        self.k = Projection(config.model_dim, kv_dim)
-        self.v = Projection(config.model_dim, kv_dim)
-        self.proj = Projection(config.model_dim, config.model_dim)
+        self.q = Projection(dim, dim)
+        self.k = Projection(dim, config.kv_dim)
+        self.v = Projection(dim, config.kv_dim)
+        self.proj = Projection(dim, dim)
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self.gate = self.value_scale = None
+        if config.attention_gate != "none":
+            width = dim if config.attention_gate == "full" else min(GATE_WIDTH, dim)
+            self.gate = nn.Parameter(torch.zeros(config.num_heads, width))
+        if config.value_embedding is not None and layer in config.value_embedding.layers:
+            self.value_scale = nn.Parameter(torch.zeros(1))
+        self.exclusive = layer >= config.num_layers - config.xsa_last_layers
+        self.qkv_inputs = self.proj_inputs = None
+        if track_inputs is not None:
+            self.qkv_inputs = InputCovariance(dim, track_inputs)
+            self.proj_inputs = InputCovariance(dim, track_inputs)
 
-    def forward(self, x: Tensor, weights: AttentionWeights, tables: RopeTables) -> Tensor:
-        """(batch, time, dim) -> (batch, time, dim); position t sees positions up to t."""
+    def forward(
+        self, x: Tensor, weights: AttentionWeights, shared: PassContext, adapters: BlockAdapters | None = None
+    ) -> Tensor:
+        """(batch, time, dim) -> (batch, time, dim); position t sees positions up to t, as `shared.attend` has it."""
         batch, time, dim = x.shape
         qkv = functional.linear(x, weights.qkv).view(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q = apply_rope(rms_norm(q), tables) * self.q_gain.to(x.dtype).unsqueeze(1)
-        k = apply_rope(rms_norm(k), tables)
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        return functional.linear(attended.transpose(1, 2).reshape(batch, time, dim), weights.proj)
+        if adapters is not None:
+            q = q + adapters.q(x).view(q.shape)
+            v = v + adapters.v(x).view(v.shape)
+        if self.value_scale is not None and shared.values is not None:
+            v = torch.addcmul(v, shared.values.view(v.shape), self.value_scale.to(x.dtype))
+        q = apply_rope(rms_norm(q), shared.tables) * self.q_gain.to(x.dtype).unsqueeze(1)
+        k = apply_rope(rms_norm(k), shared.tables)
+        attended = shared.attend(q, k, v)
+        if self.exclusive:
+            attended = without_own_value(attended, v)
+        if self.gate is not None:
+            opened = 2 * torch.sigmoid(functional.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+            attended = attended * opened.unsqueeze(3)
+        mixed = attended.reshape(batch, time, dim)
+        if self.qkv_inputs is not None and self.proj_inputs is not None:
+            self.qkv_inputs.observe(x)
+            self.proj_inputs.observe(mixed)
+        return functional.linear(mixed, weights.proj)

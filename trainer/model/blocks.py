@@ -1,30 +1,50 @@
 """The MLP and the residual block.
 
-Squared ReLU: So et al. 2021 (Primer), arXiv:2109.08668; the leaky variant keeps a gradient for negative
-inputs and bought about .003 BPB in the public runs. Residual branches carry a learned scale per dimension
-and start at zero through zero-initialised output projections.
+- Squared ReLU: So et al. 2021 (Primer), arXiv:2109.08668; the leaky variant keeps a gradient for negative inputs and
+  bought about .003 BPB in the public runs. SwiGLU: Shazeer 2020, arXiv:2002.05202.
+- Residual branches carry a learned scale per dimension and start at zero through zero-initialised output projections.
+- `ln_scale`: the normed inputs of layer l are scaled by 1 / sqrt(l + 1) (Sun et al. 2025, arXiv:2502.05795).
+- `residual_mix`: x <- mix_0 * x + mix_1 * x0, with x0 the input embedding, before each run of the block; (1, 0) at
+  first (the "x0 lambdas" of the public modded-nanogpt runs).
+- Two lanes (parallel residuals; Wang and Komatsuzaki 2021, GPT-J): both branches read their own lane as the layer
+  found it, and both lanes take a learned share of either:
+
+      a <- a + w_00 A(norm(a)) + w_01 M(norm(m))
+      m <- m + w_10 A(norm(a)) + w_11 M(norm(m))
+
+  With w = 1, as it begins, the lanes are equal: GPT-J's block. They part as soon as they train, for in all but the
+  last layer the gradient of a comes through later attentions and that of m through later MLPs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import ModelConfig
-from trainer.model.attention import AttentionWeights, CausalSelfAttention, Projection, RopeTables
+from trainer.model.attention import AttentionWeights, CausalSelfAttention, PassContext, Projection
+from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
+from trainer.model.stack import Lanes
+from trainer.model_config import Activation
+
+if TYPE_CHECKING:
+    from trainer.model.adapters import BlockAdapters
 
 LEAKY_SLOPE = 0.5
 
-Activation = Literal["leaky_relu_squared", "relu_squared"]
-
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
-    """ReLU(x)^2 or LeakyReLU(x, 0.5)^2, elementwise."""
+    """ReLU(x)^2 or LeakyReLU(x, 0.5)^2, elementwise; or SiLU of the first half of the last dimension times the
+    second."""
+    if kind == "swiglu":
+        first, second = x.chunk(2, dim=-1)
+        return functional.silu(first) * second
     if kind == "relu_squared":
         return functional.relu(x).square()
     return functional.leaky_relu(x, LEAKY_SLOPE).square()
@@ -42,28 +62,46 @@ Prepare = Callable[[Tensor, str], Tensor]
 
 
 class Mlp(nn.Module):
-    """Two matrices, (hidden, dim) and (dim, hidden), with a squared ReLU between them; they come prepared."""
+    """Two matrices with an activation between them; they come prepared. (hidden, dim), twice as high for SwiGLU, and
+    (dim, hidden)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, track_inputs: float | None) -> None:
         super().__init__()
         self.activation: Activation = config.activation
-        self.fc = Projection(config.model_dim, config.mlp_dim)
+        gated = 2 if config.activation == "swiglu" else 1
+        self.fc = Projection(config.model_dim, gated * config.mlp_dim)
         self.proj = Projection(config.mlp_dim, config.model_dim)
+        self.fc_inputs = self.proj_inputs = None
+        if track_inputs is not None:
+            self.fc_inputs = InputCovariance(config.model_dim, track_inputs)
+            self.proj_inputs = InputCovariance(config.mlp_dim, track_inputs)
 
     def forward(self, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         """(batch, time, dim) -> (batch, time, dim)."""
-        return functional.linear(activate(functional.linear(x, fc), self.activation), proj)
+        hidden = activate(functional.linear(x, fc), self.activation)
+        if self.fc_inputs is not None and self.proj_inputs is not None:
+            self.fc_inputs.observe(x)
+            self.proj_inputs.observe(hidden)
+        return functional.linear(hidden, proj)
 
 
 class Block(nn.Module):
-    """x + attn_scale * attention(norm(x)), then the same with the MLP. Norms carry no weights."""
+    """x + attn_scale * attention(norm(x)), then the same with the MLP; or both at once, in two lanes. Norms carry no
+    weights."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, track_inputs: float | None = None) -> None:
         super().__init__()
-        self.attn = CausalSelfAttention(config)
-        self.mlp = Mlp(config)
-        self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
+        dim = config.model_dim
+        self.attn = CausalSelfAttention(config, layer, track_inputs)
+        self.mlp = Mlp(config, track_inputs)
+        self.attn_scale = nn.Parameter(torch.ones(dim))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+        self.resid_mix = self.lane_weights = None
+        if config.residual_mix:
+            self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        if config.parallel_from is not None and layer >= config.parallel_from:
+            self.lane_weights = nn.Parameter(torch.ones(2, 2))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
 
     def prepared_weights(self, prepare: Prepare, prefix: str) -> BlockWeights:
         """The block's matrices after `prepare(weight, name)`, names being those of the state dict."""
@@ -81,7 +119,39 @@ class Block(nn.Module):
             proj=prepare(mlp.proj.weight, f"{prefix}.mlp.proj.weight"),
         )
 
-    def forward(self, x: Tensor, weights: BlockWeights, tables: RopeTables) -> Tensor:
-        """(batch, time, dim) -> (batch, time, dim)."""
-        x = torch.addcmul(x, self.attn(rms_norm(x), weights.attention, tables), self.attn_scale.to(x.dtype))
-        return torch.addcmul(x, self.mlp(rms_norm(x), weights.fc, weights.proj), self.mlp_scale.to(x.dtype))
+    def input_covariances(self, prefix: str) -> dict[str, InputCovariance]:
+        """By the name of each matrix, in the state dict's order; empty if inputs are not tracked."""
+        found = {
+            f"{prefix}.attn.q.weight": self.attn.qkv_inputs,
+            f"{prefix}.attn.k.weight": self.attn.qkv_inputs,
+            f"{prefix}.attn.v.weight": self.attn.qkv_inputs,
+            f"{prefix}.attn.proj.weight": self.attn.proj_inputs,
+            f"{prefix}.mlp.fc.weight": self.mlp.fc_inputs,
+            f"{prefix}.mlp.proj.weight": self.mlp.proj_inputs,
+        }
+        return {name: covariance for name, covariance in found.items() if covariance is not None}
+
+    def forward(
+        self, lanes: Lanes, weights: BlockWeights, shared: PassContext, adapters: BlockAdapters | None = None
+    ) -> Lanes:
+        """One or two lanes, each (batch, time, dim) -> as many."""
+        dtype = lanes[0].dtype
+        if self.resid_mix is not None:
+            own, embedded = self.resid_mix.to(dtype).unbind()
+            lanes = tuple(torch.addcmul(lane * own, shared.embedded, embedded) for lane in lanes)
+        attn_scale, mlp_scale = self.attn_scale.to(dtype), self.mlp_scale.to(dtype)
+        if self.lane_weights is None:
+            (x,) = lanes
+            x = torch.addcmul(x, self.attn(self._normed(x), weights.attention, shared, adapters), attn_scale)
+            return (torch.addcmul(x, self.mlp(self._normed(x), weights.fc, weights.proj), mlp_scale),)
+        a, m = lanes
+        from_attention = attn_scale * self.attn(self._normed(a), weights.attention, shared, adapters)
+        from_mlp = mlp_scale * self.mlp(self._normed(m), weights.fc, weights.proj)
+        share = self.lane_weights.to(dtype)
+        return (
+            a + share[0, 0] * from_attention + share[0, 1] * from_mlp,
+            m + share[1, 0] * from_attention + share[1, 1] * from_mlp,
+        )
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return rms_norm(x) if self.norm_scale == 1.0 else rms_norm(x) * self.norm_scale

@@ -1,65 +1,105 @@
-"""The GPT: tied embedding, pre-norm blocks with optional depth recurrence, softcapped logits.
+"""The GPT: embedding, pre-norm blocks with whatever `ModelConfig` asks for beside them, and a head.
 
 Precision: parameters are float32 masters; a pass computes in bfloat16 on CUDA and in float32 elsewhere.
 Quantisation-aware training replaces exactly the weights that the exporter will quantise with their
 fake-quantised values (straight-through gradients).
 
-Both switches (`set_recurrence`, `set_fake_quant`) are plain attributes of the instance, which torch.compile
-guards: a change runs, or compiles once, another graph. So nothing is paid for a switch that is off, and
+The switches (`set_recurrence`, `set_fake_quant`, `attention_backend`) are plain attributes of the instance, which
+torch.compile guards: a change runs, or compiles once, another graph. So nothing is paid for a switch that is off, and
 nothing is folded away when it goes on; a test under torch.compile holds this, because a *class* attribute
-once was folded in a public run and its QAT never ran.
+once was folded in a public run and its QAT never ran. The loop's gate moves all the time: it is a buffer, filled in
+place, and no graph depends on its value.
+
+Every option begins as the plain model or as near to it as it can: see `_initialise` and the docstrings of
+`trainer.model.attention`, `blocks`, `stack` and `smear`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import sizing
 from trainer.config import ExportConfig, ModelConfig
-from trainer.model.attention import RopeTables, rope_tables
+from trainer.model.attention import PassContext, Projection, RopeTables, rope_tables
+from trainer.model.attention_backends import Backend, attention_of, segments_of
 from trainer.model.blocks import Block
-from trainer.model.head import mean_loss, row_losses, weighted_loss
+from trainer.model.head import PLAIN, LossTerms, mean_loss, objective, row_losses
+from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
-from trainer.model.recurrence import execution_order
+from trainer.model.smear import first_tokens, smear
+from trainer.model.stack import Lanes, run_layers
+from trainer.parameters import GATE_WIDTH, parameters
 from trainer.quantization.fake_quant import fake_quantize
+
+if TYPE_CHECKING:
+    from trainer.model.adapters import Adapters
 
 _TABLE_POSITIONS = 2048
 
 
 class GPT(nn.Module):
-    """A decoder of shape `config`. With `export` it can train quantisation-aware; without it, asking to is an error."""
+    """A decoder of shape `config`. With `export` it can train quantisation-aware; without it, asking to is an error.
+
+    `track_inputs` is the decay of the running E[x x^T] of every Muon matrix's inputs; without it none are kept.
+    """
 
     rope_cos: Tensor
     rope_sin: Tensor
+    loop_gate: Tensor
 
-    def __init__(self, config: ModelConfig, export: ExportConfig | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, export: ExportConfig | None = None, *, track_inputs: float | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.export = export
-        self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.quantized_names = sizing.quantized_names(config)
+        dim, values = config.model_dim, config.value_embedding
+        self.skip_weights = self.smear_gate = self.smear_scale = self.lane_merge = None
+        if config.unet_skips:
+            self.skip_weights = nn.Parameter(torch.ones(config.skip_count, dim))
+        if config.smear_gate:
+            self.smear_gate = nn.Parameter(torch.zeros(1, min(GATE_WIDTH, dim)))
+            self.smear_scale = nn.Parameter(torch.zeros(1))
+        if config.parallel_from is not None:
+            self.lane_merge = nn.Parameter(torch.full((1,), 0.5))
+        self.tok_emb = nn.Embedding(config.vocab_size, dim)
+        self.value_emb = nn.Embedding(config.vocab_size, values.dim) if values else None
+        self.value_proj = Projection(values.dim, config.kv_dim) if values else None
+        self.value_inputs = InputCovariance(values.dim, track_inputs) if values and track_inputs is not None else None
+        self.blocks = nn.ModuleList(Block(config, layer, track_inputs) for layer in range(config.num_layers))
+        self.lm_head = None if config.tie_embeddings else Projection(dim, config.vocab_size)
+        self.quantized_names = frozenset(name for name, table in parameters(config).items() if table.quantized)
         tables = rope_tables(_TABLE_POSITIONS, config.rope_dims, config.rope_base, torch.device("cpu"))
         self.register_buffer("rope_cos", tables.cos, persistent=False)
         self.register_buffer("rope_sin", tables.sin, persistent=False)
+        self.register_buffer("loop_gate", torch.ones(()), persistent=False)
+        self.attention_backend: Backend = "plain"
         self.recurrence_active = config.recurrence is not None and config.recurrence.start_fraction == 0.0
         self.fake_quant_active = False
         self._initialise()
 
     def _initialise(self) -> None:
-        """Uniform matrices of standard deviation .5 / sqrt(fan_in); zero output projections, so that blocks start
-        as the identity."""
+        """Draw embeddings and matrices; gains, gates and mixes hold their first values already.
+
+        Input matrices are uniform of standard deviation .5 / sqrt(fan_in), or orthogonal with gain 1. Output
+        projections are zero, so that blocks start as the identity, and so is an untied head: the first loss is
+        ln(vocab). A value embedding, which no norm follows, is standard normal, as its learning rate is made for.
+        """
+        kinds = parameters(self.config)
         with torch.no_grad():
-            self.tok_emb.weight.normal_(std=self.config.tied_embed_init_std)
-            for name, parameter in self.blocks.named_parameters():
-                if name.endswith("proj.weight"):
+            for name, parameter in self.named_parameters():
+                kind = kinds[name].kind
+                if kind == "embedding":
+                    parameter.normal_(std=1.0 if name.startswith("value") else self.config.tied_embed_init_std)
+                elif kind in {"proj", "head"}:
                     parameter.zero_()
-                elif parameter.ndim == 2:
+                elif kind != "control" and self.config.matrix_init == "orthogonal":
+                    nn.init.orthogonal_(parameter)
+                elif kind != "control":
                     bound = 0.5 * math.sqrt(3.0 / parameter.shape[1])
                     parameter.uniform_(-bound, bound)
 
@@ -67,9 +107,25 @@ class GPT(nn.Module):
         """Switch the loop on or off; without effect on a model that has none."""
         self.recurrence_active = active and self.config.recurrence is not None
 
+    def set_loop_gate(self, value: float) -> None:
+        """How far the repeated passes of the loop count, from 0 (as if it were off) to 1. Fills a tensor in place.
+
+        Without effect unless the config has `recurrence.gate_fraction` above 0: then no graph holds the gate.
+        """
+        self.loop_gate.fill_(value)
+
     def set_fake_quant(self, active: bool) -> None:
         """Switch quantisation-aware training on or off. Without export settings the next pass raises ValueError."""
         self.fake_quant_active = active
+
+    def input_covariances(self) -> dict[str, InputCovariance]:
+        """Name of each Muon matrix -> the statistics of its inputs; q, k and v share one. Empty without tracking."""
+        found: dict[str, InputCovariance] = {}
+        if self.value_inputs is not None:
+            found["value_proj.weight"] = self.value_inputs
+        for layer, block in enumerate(self.blocks):
+            found |= cast(Block, block).input_covariances(f"blocks.{layer}")
+        return found
 
     def quantization_error(self) -> float:
         """Largest |fake-quantised weight - weight| over all quantised tensors; not finite if one of them is not.
@@ -111,41 +167,114 @@ class GPT(nn.Module):
             tables = rope_tables(time, self.config.rope_dims, self.config.rope_base, self.rope_cos.device)
         return RopeTables(tables.cos.to(dtype), tables.sin.to(dtype))
 
-    def _hidden(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, time) int64 -> last hidden state (batch * time, dim), and the head's weight as this pass uses it."""
-        master = self._as_trained(self.tok_emb.weight, "tok_emb.weight")
+    def _embedded(self, inputs: Tensor, table: Tensor, ids: Tensor | None) -> Tensor:
+        """(batch, time) -> (batch, time, dim): normed, and smeared if the config asks for it."""
         # Looked up in float32, so that the gradients of a frequent token add up in float32 too.
-        x = rms_norm(functional.embedding(inputs, master)).to(self.compute_dtype)
-        tables = self._tables(inputs.shape[1], x.dtype)
+        x = rms_norm(functional.embedding(inputs, table)).to(self.compute_dtype)
+        if self.smear_gate is None or self.smear_scale is None or ids is None:
+            return x
+        return smear(x, first_tokens(ids), self.smear_gate, self.smear_scale)
+
+    def _values(self, inputs: Tensor) -> Tensor | None:
+        """(batch, time) -> the projected value embedding (batch, time, kv_dim), if there is one."""
+        if self.value_emb is None or self.value_proj is None:
+            return None
+        table = self._as_trained(self.value_emb.weight, "value_emb.weight")
+        x = functional.embedding(inputs, table).to(self.compute_dtype)
+        if self.value_inputs is not None:
+            self.value_inputs.observe(x)
+        return functional.linear(x, self._prepared(self.value_proj.weight, "value_proj.weight"))
+
+    def _hidden(
+        self, inputs: Tensor, cu_seqlens: Tensor | None = None, adapters: Adapters | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, time) int64 -> last hidden state (batch * time, dim), and the head's weight as this pass uses it.
+
+        `cu_seqlens` are starts of documents in the flattened rows, see `trainer.model.attention_backends.Segments`;
+        without them a document begins with each row and each BOS.
+        """
+        config, time = self.config, inputs.shape[1]
+        segments = segments_of(inputs, cu_seqlens) if config.document_attention or config.smear_gate else None
+        master = self._as_trained(self.tok_emb.weight, "tok_emb.weight")
+        x = self._embedded(inputs, master, None if segments is None else segments.ids)
+        shared = PassContext(
+            tables=self._tables(time, x.dtype),
+            attend=attention_of(
+                self.attention_backend,
+                time=time,
+                segments=segments if config.document_attention else None,
+                device=inputs.device,
+            ),
+            embedded=x,
+            values=self._values(inputs),
+        )
         blocks = [cast(Block, block) for block in self.blocks]
         # Once per pass, not once per run of a looped layer.
         weights = [block.prepared_weights(self._prepared, f"blocks.{index}") for index, block in enumerate(blocks)]
-        for index in execution_order(self.config, self.recurrence_active):
-            x = blocks[index](x, weights[index], tables)
-        return rms_norm(x).flatten(0, 1), master.to(self.compute_dtype)
 
-    def token_losses(self, inputs: Tensor, targets: Tensor, scored: int | None = None) -> Tensor:
+        def run_layer(index: int, lanes: Lanes) -> Lanes:
+            added = None if adapters is None else adapters.blocks[index]
+            after: Lanes = blocks[index](lanes, weights[index], shared, added)
+            return after
+
+        loop = config.recurrence
+        x = run_layers(
+            x,
+            run_layer,
+            config,
+            looped=self.recurrence_active,
+            gate=self.loop_gate.to(x.dtype) if loop is not None and loop.gate_fraction > 0 else None,
+            skip_weights=None if self.skip_weights is None else self.skip_weights.to(x.dtype),
+            lane_merge=None if self.lane_merge is None else self.lane_merge.to(x.dtype),
+        )
+        x = rms_norm(x)
+        if adapters is not None:
+            x = x + adapters.hidden(x)
+        head = master if self.lm_head is None else self._as_trained(self.lm_head.weight, "lm_head.weight")
+        return x.flatten(0, 1), head.to(self.compute_dtype)
+
+    def token_losses(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        scored: int | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        adapters: Adapters | None = None,
+    ) -> Tensor:
         """(batch, time) and (batch, time) int64 -> cross-entropy in nats (batch, time) float32.
 
         With `scored`, of the last `scored` positions of each row only, (batch, scored): the others get no logits.
+        `adapters` are added to what the model computes, row by row (`trainer.model.adapters`).
         """
-        x, embedding = self._hidden(inputs)
+        x, head = self._hidden(inputs, cu_seqlens, adapters)
         if scored is not None and scored != inputs.shape[1]:
             if not 1 <= scored <= inputs.shape[1]:
                 raise ValueError(f"{scored} positions of a window of {inputs.shape[1]}")
             x = x.view(*inputs.shape, -1)[:, -scored:].flatten(0, 1)
             targets = targets[:, -scored:]
-        return row_losses(x, embedding, targets.flatten(), self.config.logit_softcap).view_as(targets)
+        return row_losses(x, head, targets.flatten(), self.config.logit_softcap).view_as(targets)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, a 0-d float32 tensor."""
-        x, embedding = self._hidden(inputs)
-        return mean_loss(x, embedding, targets.flatten(), self.config.logit_softcap)
+        x, head = self._hidden(inputs, cu_seqlens)
+        return mean_loss(x, head, targets.flatten(), self.config.logit_softcap)
 
-    def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of `weights` (batch, time) float32 times the cross-entropies in nats, and what `forward` returns.
+    def train_loss(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        terms: LossTerms = PLAIN,
+        weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What training minimises, `trainer.model.head`'s formula with `weights` (batch, time) float32, and what
+        `forward` returns.
 
         Both are 0-d float32; gradients flow through the first alone.
         """
-        x, embedding = self._hidden(inputs)
-        return weighted_loss(x, embedding, targets.flatten(), self.config.logit_softcap, weights.flatten())
+        x, head = self._hidden(inputs, cu_seqlens)
+        row_weights = None if weights is None else weights.flatten()
+        cap = self.config.logit_softcap
+        return objective(x, head, targets.flatten(), cap, terms=terms, row_weights=row_weights)

@@ -1,0 +1,132 @@
+"""Predicted memory: against what a driver showed, term by term, and the micro-batch that is chosen by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config import LimitsConfig, ModelConfig, TrainConfig
+from trainer.memory import (
+    USEFUL_MICRO_TOKENS,
+    activation_bytes,
+    fitting_micro_tokens,
+    memory_terms,
+    peak_memory_bytes,
+)
+
+
+def config(**sections: Any) -> TrainConfig:
+    return TrainConfig(limits=LimitsConfig(steps=1), **sections)
+
+
+def nine_layers(**model: Any) -> TrainConfig:
+    return config(
+        model={"vocab_size": 4096, "num_layers": 9, **model},
+        batch={"train_batch_tokens": 131072, "micro_batch_tokens": 65536},
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "seen"),
+    [({}, 13.0e9), ({"recurrence": {"first": 3, "last": 5, "loops": 2}}, 16.1e9), ({"mlp_mult": 3.0}, 14.2e9)],
+)
+def test_three_shapes_that_a_driver_showed_on_an_h200(model: dict[str, Any], seen: float) -> None:
+    """Not below what was seen, and at most a tenth above (docs/benchmarks.md)."""
+    assert seen <= peak_memory_bytes(nine_layers(**model)) <= 1.1 * seen
+
+
+def test_the_terms_are_the_peak_and_the_weights_are_counted_by_hand() -> None:
+    whole = nine_layers()
+    terms = memory_terms(whole, 65536)
+    assert sum(terms.values()) == peak_memory_bytes(whole)
+    matrices = 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 512 * 1024)
+    vectors = 9 * (512 + 512 + 8)
+    table = 4096 * 512
+    assert terms["weights"] == terms["gradients"] == 4 * (matrices + table + vectors)
+    assert terms["momentum (muon)"] == 4 * matrices
+    assert terms["moments (adamw)"] == 8 * (table + vectors)
+    assert terms["pass: bfloat16 weights"] == 2 * (matrices + table)
+    assert terms["pass: head"] == 65536 * 4096 * 8
+
+
+def test_what_a_setting_adds_is_where_it_is_looked_for() -> None:
+    plain = config(batch={"train_batch_tokens": 131072})
+    terms = memory_terms(plain, 65536)
+
+    def also(**sections: Any) -> dict[str, int]:
+        changed = memory_terms(config(**{"batch": {"train_batch_tokens": 131072}, **sections}), 65536)
+        return {name: size for name, size in changed.items() if terms.get(name) != size}
+
+    assert also(averaging={"kind": "ema"}) == {"average": terms["weights"]}
+    covariances = 9 * (3 * 512**2 + 1024**2)
+    assert also(optimizer={"muon_input_aware": True}) == {"input covariances": 4 * covariances}
+    assert also(model={"tie_embeddings": False}).keys() == {
+        "weights", "gradients", "moments (adamw)", "pass: bfloat16 weights",
+    }  # fmt: skip
+    assert "gradients" not in memory_terms(plain, 131072)  # one pass a step: dropped before the next one
+    two = memory_terms(plain, 65536, 2)
+    assert two["momentum (muon)"] == terms["momentum (muon)"] // 2
+    assert two["communication"] > 0
+
+
+def test_activations_of_each_option() -> None:
+    def parts(**model: Any) -> dict[str, int]:
+        return activation_bytes(ModelConfig(num_layers=4, **model))
+
+    plain, dim = parts(), 512
+    assert parts(activation="swiglu")["layers"] - plain["layers"] == 4 * 2 * 1024
+    assert parts(residual_mix=True)["residual mixes"] == 4 * 2 * dim
+    assert parts(unet_skips=True)["skips"] == 2 * 2 * dim
+    gate = parts(attention_gate="sparse")["gates and exclusion"]
+    assert gate == 4 * (2 * dim + 4 * 8)
+    assert parts(xsa_last_layers=1)["gates and exclusion"] == gate // 4
+    # Gated and exclusive: still one changed output a layer, with the numbers per head of both.
+    assert parts(attention_gate="full", xsa_last_layers=4)["gates and exclusion"] == 4 * (2 * dim + 2 * 4 * 8)
+    loop = {"first": 1, "last": 2, "loops": 3}
+    assert parts(recurrence=loop)["layers"] == 2 * plain["layers"]
+    assert "loop gate" not in parts(recurrence=loop)
+    assert parts(recurrence={**loop, "gate_fraction": 0.1})["loop gate"] == 4 * 2 * dim
+    value = parts(value_embedding={"layers": [1, 3], "dim": 128}, recurrence=loop)["value embeddings"]
+    assert value == 6 * 128 + 2 * 256 * (1 + 3 + 1)
+
+
+def test_a_small_micro_batch_leaves_the_peak_to_the_optimiser_or_the_evaluation() -> None:
+    small = config(
+        model={"vocab_size": 256, "num_layers": 2},
+        batch={"train_batch_tokens": 1024, "train_seq_len": 64, "micro_batch_tokens": 64},
+        evaluation={"batch_tokens": 64},
+    )
+    assert "step: largest group" in memory_terms(small, 64)
+    evaluating = config(batch={"train_batch_tokens": 65536, "micro_batch_tokens": 1024})
+    assert memory_terms(evaluating, 1024)["evaluation: logits"] == 65536 * 1024 * 6
+
+
+class TestFitting:
+    def test_it_is_the_largest_valid_one_that_is_predicted_to_fit(self) -> None:
+        asked = nine_layers()
+        for available in (4e9, 8e9, 20e9):
+            chosen = fitting_micro_tokens(asked, int(available))
+            choices = asked.batch.micro_choices()
+            assert chosen in choices
+            assert peak_memory_bytes(asked, micro_tokens=chosen) <= available
+            larger = choices[choices.index(chosen) + 1]
+            assert larger > USEFUL_MICRO_TOKENS or peak_memory_bytes(asked, micro_tokens=larger) > available
+
+    def test_more_than_is_useful_is_not_taken_but_for_a_single_window(self) -> None:
+        assert fitting_micro_tokens(config(), 10**15) == USEFUL_MICRO_TOKENS
+        long = config(batch={"train_batch_tokens": 2**19, "train_seq_len": 2**18})
+        assert fitting_micro_tokens(long, 10**15) == 2**18
+
+    def test_nothing_fits(self) -> None:
+        assert fitting_micro_tokens(config(), 10**9) is None
+        assert fitting_micro_tokens(config(), 10**15, world_size=3) is None  # 512 windows
+
+    @settings(max_examples=30)
+    @given(st.integers(1, 8), st.integers(0, 40 * 10**9), st.sampled_from(["recommended", "study-8l-3x-v4096"]))
+    def test_more_memory_never_chooses_less(self, world_size: int, available: int, preset: str) -> None:
+        asked = config(preset=preset)
+        less, more = (fitting_micro_tokens(asked, a, world_size=world_size) or 0 for a in (available, 2 * available))
+        assert less <= more

@@ -1,0 +1,192 @@
+"""Which attention kernel a training run uses: asked for, or the fastest of those that are there, by measurement.
+
+Measured is a forward and a backward pass at the shape of the run's own micro-batches, before the clock starts, on
+random numbers; with attention by document on documents of random lengths. `trainer.evaluation_attention` chooses for
+scores, without a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from trainer.config import AttentionBackend, ModelConfig
+from trainer.errors import InputError
+from trainer.model.attention_backends import BACKENDS, Attend, Backend, Segments, attention_of, could_run, segments_of
+
+_WARM_RUNS, _TIMED_RUNS = 3, 7
+# Of documents in the measurement: about what English web text has in tokens of a 4,096 vocabulary.
+_MEAN_DOCUMENT_TOKENS = 1000
+# Two measurements of one kernel were up to 7% apart.
+_ABOUT_AS_FAST = 1.1
+# A thing that cannot run says so in one of these; torch's compiler and CUDA raise kinds of RuntimeError.
+_REFUSALS = (RuntimeError, ValueError, AssertionError, ImportError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """Of one call: `rows` of `time` positions, in `heads` queries and `kv_heads` keys of `head_dim`."""
+
+    rows: int
+    time: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    documents: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, rows: int, time: int) -> AttentionShape:
+        return cls(
+            rows=rows,
+            time=time,
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            documents=model.document_attention,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendTiming:
+    """Milliseconds of a forward and a backward pass, the median; None for a backend that cannot run, and why."""
+
+    backend: Backend
+    milliseconds: float | None
+    refusal: str = ""
+
+
+def choose_backend(
+    asked: AttentionBackend, model: ModelConfig, *, rows: int, time: int, device: torch.device
+) -> tuple[Backend, tuple[BackendTiming, ...]]:
+    """The backend for micro-batches of `rows` windows of `time` tokens, and what was measured, fastest first.
+
+    `auto` is `plain` without CUDA, where nothing is measured. Raises InputError, with the reason, for one that is
+    asked for and cannot run here.
+    """
+    shape = AttentionShape.of(model, rows=rows, time=time)
+    if asked != "auto":
+        _require(asked, shape, device)
+        return asked, ()
+    if device.type != "cuda":
+        return "plain", ()
+    timings = [
+        timing_of(backend, shape, device)
+        for backend in BACKENDS
+        if could_run(backend, device, documents=shape.documents)
+    ]
+    timings.sort(key=lambda timing: (timing.milliseconds is None, timing.milliseconds))
+    return preferred(timings), tuple(timings)
+
+
+def preferred(timings: Sequence[BackendTiming]) -> Backend:
+    """The first, in the order of `BACKENDS`, of those that are about as fast as the fastest: so a run that is started
+    again gets the same kernel, and the graphs that were compiled for it. `plain` if none ran: whatever it is, the run's
+    own first pass says it better."""
+    ran = {timing.backend: timing.milliseconds for timing in timings if timing.milliseconds is not None}
+    close = [backend for backend, needed in ran.items() if needed <= _ABOUT_AS_FAST * min(ran.values())]
+    return min(close, key=BACKENDS.index, default="plain")
+
+
+def summary(chosen: Backend, timings: tuple[BackendTiming, ...]) -> str:
+    """In one line for the log."""
+    told = (
+        f"{timing.backend}:{'none' if timing.milliseconds is None else f'{timing.milliseconds:.2f}ms'}"
+        for timing in timings
+    )
+    return " ".join((chosen, *told))
+
+
+def timing_of(backend: Backend, shape: AttentionShape, device: torch.device) -> BackendTiming:
+    """How long it takes on `device`, a CUDA one."""
+    try:
+        passes = _passes(backend, shape, device)
+        for _ in range(_WARM_RUNS):
+            next(passes)
+        return BackendTiming(backend=backend, milliseconds=median(next(passes) for _ in range(_TIMED_RUNS)))
+    except _REFUSALS as error:
+        return BackendTiming(backend=backend, milliseconds=None, refusal=_first_line(error))
+
+
+def random_segments(shape: AttentionShape, device: torch.device, generator: torch.Generator) -> Segments:
+    """Documents of geometric lengths in random rows, their starts given as the loader gives them."""
+    begins = torch.rand(shape.rows, shape.time, device=device, generator=generator) < 1 / _MEAN_DOCUMENT_TOKENS
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero().flatten().int()
+    end = torch.tensor([shape.rows * shape.time], dtype=torch.int32, device=device)
+    return segments_of(torch.zeros_like(begins, dtype=torch.int64), torch.cat((starts, end)))
+
+
+def random_heads(
+    shape: AttentionShape, device: torch.device, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (rows, time, heads, head_dim), which ask for gradients."""
+    return tuple(  # type: ignore[return-value] # three of them
+        torch.randn(
+            (shape.rows, shape.time, heads, shape.head_dim), device=device, generator=generator, dtype=torch.float32
+        )
+        .to(dtype)
+        .requires_grad_()
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+
+
+def _passes(backend: Backend, shape: AttentionShape, device: torch.device) -> Iterator[float]:
+    """Runs without end, each with its milliseconds."""
+    generator = torch.Generator(device).manual_seed(0)
+    heads = random_heads(shape, device, generator, torch.bfloat16)
+    segments = random_segments(shape, device, generator) if shape.documents else None
+    attend: Attend = attention_of(backend, time=shape.time, segments=segments, device=device)
+    upstream = torch.randn(heads[0].shape, device=device, generator=generator).bfloat16()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call] # torch's
+    with torch.cuda.device(device):
+        while True:
+            begin.record()
+            torch.autograd.grad(attend(*heads), heads, upstream)
+            end.record()
+            end.synchronize()
+            yield float(begin.elapsed_time(end))
+
+
+def _require(backend: Backend, shape: AttentionShape, device: torch.device) -> None:
+    if could_run(backend, device, documents=shape.documents):
+        refusal = refusal_of(backend, shape, device)
+    elif device.type != "cuda":
+        refusal = f"it needs CUDA, and the device is {device.type}"
+    elif backend == "flash3":
+        refusal = "the package flash_attn_interface is not installed"
+    else:
+        refusal = "it knows nothing of documents, which model.document_attention asks for"
+    if refusal:
+        raise InputError(f"attention_backend {backend} cannot run here: {refusal}; give auto, or another one")
+
+
+def refusal_of(backend: Backend, shape: AttentionShape, device: torch.device) -> str:
+    """Why a backend that could run does not at this shape; empty if it does. `plain` does."""
+    return "" if backend == "plain" else _refusal(backend, shape, device)
+
+
+@cache
+def _refusal(backend: Backend, shape: AttentionShape, device: torch.device) -> str:
+    """Found out by a pass over one row."""
+    return timing_of(backend, _with_one_row(shape), device).refusal
+
+
+def _with_one_row(shape: AttentionShape) -> AttentionShape:
+    return AttentionShape(
+        rows=1,
+        time=shape.time,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        documents=shape.documents,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__
