@@ -43,6 +43,8 @@ class Checkpoint:
     data_wait_seconds: float = 0.0
     flops: float = 0.0
     """Of the matrix products of all steps, `trainer.flops`."""
+    optimizer_steps: int = 0
+    """Steps that the optimisers' state has seen: `step`, and before a branch those of its trunk."""
     loop_gate: float = 1.0
     averaging: dict[str, Any] = field(default_factory=dict)
     init_from_sha256: str = ""

@@ -62,6 +62,8 @@ class TrainingClock:
         """Work that is not training: evaluation, checkpoints. A clock that stood still goes on standing."""
         running = self._since is not None
         self.pause()
-        yield
-        if running:
-            self.start()
+        try:
+            yield
+        finally:  # also after an error that the run survives, such as a full disk
+            if running:
+                self.start()

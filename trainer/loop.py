@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -67,6 +68,19 @@ def train(
         return attempt.run(dataset, out, checkpoints, checkpoint, origin)
 
 
+def _require_same_start(ranks: Ranks, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """Raise InputError, at every process, unless all have one configuration and found one beginning: each looked for
+    itself, and one that could not read the newest checkpoint would train on from an older one."""
+    begins = f"{config.to_json()} {checkpoint and (checkpoint.step, checkpoint.tokens, checkpoint.init_from_sha256)}"
+    mine = [float(int(hashlib.sha256(begins.encode()).hexdigest()[:12], 16))]  # 48 bits, which a float64 holds
+    (differing,) = ranks.sum_float64([float(ranks.first_says(mine) != mine)])
+    if differing:
+        raise InputError(
+            f"{differing:.0f} of {ranks.world_size} processes found another checkpoint or configuration than the first "
+            "one; put --checkpoints where all can read it, or name one file to --resume"
+        )
+
+
 class _Attempt:
     """A run that may end badly, and what there is to say if it does."""
 
@@ -83,6 +97,7 @@ class _Attempt:
     ) -> ExitCode:
         try:
             with self._ranks.joined(self._device):
+                _require_same_start(self._ranks, self._config, checkpoint)
                 self._plan = RunPlan.make(self._config, dataset, self._device, self._ranks)
                 self._run = TrainingRun(
                     plan=self._plan,

@@ -44,7 +44,7 @@ _MASK = 1 + _BF16
 # of the iteration.
 _ORTHOGONALIZED = 2 * _FP32 + 3 * _BF16
 # Per element of the largest group of covariances: float32 buffers of the inverse square root.
-_ROOTED = 4 * _FP32
+_ROOTED = 8 * _FP32
 
 
 def peak_memory_bytes(config: TrainConfig, *, micro_tokens: int | None = None, world_size: int = 1) -> int:
@@ -68,6 +68,31 @@ def fitting_micro_tokens(config: TrainConfig, available_bytes: int, *, world_siz
         if peak_memory_bytes(config, micro_tokens=tokens, world_size=world_size) <= available_bytes:
             return tokens
     return None
+
+
+def chosen_micro_tokens(config: TrainConfig, available_bytes: int, *, world_size: int = 1) -> int:
+    """The micro-batch that one of `world_size` processes takes on a CUDA card where none is given.
+
+    The largest useful one that is predicted to fit, and the smallest valid one if none is, for a prediction may err.
+    But where it would decide what is learnt, that is not left to the card: then it is the configuration's default, as
+    far as the processes can share it. Raises ValueError if so many processes cannot share the batch.
+    """
+    choices = config.batch.micro_choices(world_size)
+    if not choices:
+        raise ValueError(f"{world_size} processes cannot share a batch of {config.batch.train_batch_tokens} tokens")
+    if micro_batch_matters(config):
+        return max((tokens for tokens in choices if tokens <= config.batch.micro_tokens), default=choices[0])
+    return fitting_micro_tokens(config, available_bytes, world_size=world_size) or choices[0]
+
+
+def micro_batch_matters(config: TrainConfig) -> bool:
+    """Whether the size of a forward pass decides what is learnt: a growing batch is made of whole passes, byte-weighted
+    losses count within a pass, and input covariances decay by passes."""
+    return (
+        config.batch.warmup_start_tokens is not None
+        or config.loss.weighting != "tokens"
+        or config.optimizer.muon_input_aware
+    )
 
 
 def memory_terms(config: TrainConfig, micro_tokens: int, world_size: int = 1) -> dict[str, int]:
@@ -110,8 +135,9 @@ def _steady(config: TrainConfig, micro_tokens: int, world_size: int) -> dict[str
     if config.averaging.kind != "none":
         steady["average"] = _FP32 * count
     if config.optimizer.muon_input_aware:
-        steady["input covariances"] = _FP32 * sum(
-            number * width**2 for width, number in _covariances(config.model).items()
+        # And their roots, which stay until the next refresh.
+        steady["input covariances"] = (
+            2 * _FP32 * sum(number * width**2 for width, number in _covariances(config.model).items())
         )
     return steady
 

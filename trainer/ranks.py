@@ -136,6 +136,17 @@ class Ranks:
             torch.distributed.all_reduce(carried)
         return tensor.copy_(carried.div_(self.world_size))
 
+    def from_first_(self, tensor: Tensor) -> None:
+        """Replace a tensor, in place, by that of the first process."""
+        if self.world_size == 1:
+            return
+        import torch  # noqa: PLC0415 - as above
+
+        with self._naming_a_loss("sending weights"):
+            carried = _travelling(tensor)
+            torch.distributed.broadcast(carried, src=0)
+        tensor.copy_(carried)
+
     def mean_shard(self, tensor: Tensor) -> Tensor:
         """(world_size * n, ...) -> (n, ...): this process's share of the mean over all (a reduce-scatter)."""
         if self.world_size == 1:

@@ -15,7 +15,7 @@ from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
 from trainer.matrix_rate import matrix_rate
-from trainer.memory import USABLE_SHARE, fitting_micro_tokens, peak_memory_bytes
+from trainer.memory import USABLE_SHARE, chosen_micro_tokens, peak_memory_bytes
 from trainer.model.attention_backends import Backend
 from trainer.ranks import ALONE, Ranks
 from trainer.report import Event
@@ -117,14 +117,14 @@ def _least_free_bytes(device: torch.device, ranks: Ranks) -> int | None:
 
 
 def _micro_tokens(config: TrainConfig, device: torch.device, ranks: Ranks, free: int | None) -> int:
-    """Those asked for; else on CUDA the largest useful ones that are predicted to fit, and the smallest valid ones if
-    none are, for a prediction may err; elsewhere the configuration's own default, as far as the processes can share."""
+    """Those asked for; else on CUDA what `trainer.memory` chooses; elsewhere the configuration's own default, as far as
+    the processes can share."""
     batch = config.batch
     if batch.micro_batch_tokens is not None:
         return batch.micro_batch_tokens
-    choices = batch.micro_choices(ranks.world_size)
     if device.type == "cuda" and free is not None:
-        return fitting_micro_tokens(config, free, world_size=ranks.world_size) or choices[0]
+        return chosen_micro_tokens(config, free, world_size=ranks.world_size)
+    choices = batch.micro_choices(ranks.world_size)
     return max((tokens for tokens in choices if tokens <= batch.micro_tokens), default=choices[0])
 
 

@@ -40,6 +40,8 @@ class RunState:
         self.optimizers = Optimizers(self.model, config.optimizer, self.passes.iteration, ranks=plan.ranks)
         self.average = WeightAverage(self.model, config.averaging)
         self.step, self.tokens, self.flops = 0, 0, 0.0
+        self.optimizer_steps = 0
+        """Of the optimisers' state: a branch goes on with its trunk's."""
         self.evaluations_due, self.evaluation_pending = 0, False
         """Fractions of `every_fraction` that are behind, and whether a validation that was due is still owed."""
         self.loop_gate, self.init_from_sha256, self._wall_before = 0.0, "", 0.0
@@ -49,6 +51,9 @@ class RunState:
             self._restore(checkpoint)
         elif config.model.embedding_init == "svd":
             self._embed_by_svd()
+        for parameter in self.model.parameters():
+            # Each process made its own, and machines may differ in a last bit.
+            plan.ranks.from_first_(parameter.detach())
         waited = checkpoint.data_wait_seconds if checkpoint else 0.0
         self.feed = BatchFeed(self.loader, self.clock, waited_seconds=waited)
 
@@ -112,6 +117,7 @@ class RunState:
             rng=rng,
             data_wait_seconds=self.feed.waited_seconds,
             flops=self.flops,
+            optimizer_steps=self.optimizer_steps,
             loop_gate=self.loop_gate,
             averaging=self.average.state_dict() if plan.config.averaging.kind != "none" else {},
             init_from_sha256=self.init_from_sha256,
@@ -136,6 +142,7 @@ class RunState:
         if self.plan.device.type == "cuda" and "cuda" in checkpoint.rng:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.plan.device)
         self.step, self.tokens, self.flops = checkpoint.step, checkpoint.tokens, checkpoint.flops
+        self.optimizer_steps = checkpoint.optimizer_steps
         self._wall_before, self.init_from_sha256 = checkpoint.wall_seconds, checkpoint.init_from_sha256
         self.evaluations_due = checkpoint.evaluations_due
         self.evaluation_pending = checkpoint.evaluation_pending
@@ -153,8 +160,6 @@ class RunState:
         )
         with torch.no_grad():
             self.model.tok_emb.weight.copy_(table)
-            # Each process made its own, and machines may differ in a last bit.
-            self.plan.ranks.mean_(self.model.tok_emb.weight)
 
 
 def _model(plan: RunPlan) -> GPT:

@@ -10,7 +10,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.config import ExportConfig, TrainConfig
-from trainer.memory import USABLE_SHARE, fitting_micro_tokens, memory_terms, peak_memory_bytes
+from trainer.memory import (
+    USABLE_SHARE,
+    chosen_micro_tokens,
+    fitting_micro_tokens,
+    memory_terms,
+    peak_memory_bytes,
+)
 from trainer.parameters import Kind, parameter_count, parameter_shapes, parameters, quantized_names
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "USABLE_SHARE",
     "Calibration",
     "SizeEstimate",
+    "chosen_micro_tokens",
     "code_bytes",
     "fitting_micro_tokens",
     "inference_files",

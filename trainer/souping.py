@@ -193,6 +193,11 @@ def _read(path: Path, dataset: DataSet) -> tuple[_Member, State]:
         )
         return member, state
     checkpoint = load_checkpoint(path)
+    if checkpoint.recurrence_active and checkpoint.loop_gate < 1.0:
+        raise SoupError(
+            f"{path} is from while the loop's gate was opening ({checkpoint.loop_gate:.2f}); take a later one, for a "
+            "model has its loop on or off"
+        )
     manifest = dataset.manifest
     if checkpoint.train_sha256 != manifest.train_sha256 or not dataset.is_validation_set(checkpoint.val_sha256):
         raise SoupError(f"{path} was trained on other data than that in {dataset.path}; give the data of its run")

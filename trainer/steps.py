@@ -24,11 +24,12 @@ def take_step(state: RunState, done: float) -> Tensor:
         nats += mean_nats / micro_batches
     plan.ranks.mean_(nats)
     state.optimizers.step(
-        state.step,
+        state.optimizer_steps,
         schedules.lr_multiplier(done, state.step, config.schedule, config.limits, config.batch.train_batch_tokens),
         schedules.weight_decay_multiplier(done, config.optimizer),
     )
     state.step += 1
+    state.optimizer_steps += 1
     state.tokens += tokens
     state.flops += tokens * train_flops_per_token(
         config.model, config.batch.train_seq_len, loop_active=state.model.recurrence_active

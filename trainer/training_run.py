@@ -57,7 +57,8 @@ class TrainingRun:
         self._watch = DivergenceWatch(plan.device)
         self._validation = Validation(self._state, self._watch, stop)
         self._pace = Pace(self._state)
-        self._resumed_step = self._checkpoint_step = self._state.step
+        self._checkpoint_step = self._state.step
+        """The newest step that is in a checkpoint, or where the run began; the same at all processes."""
         self._checkpointed = time.monotonic()
         self._stopping, self._checkpoint_is_due = False, False
         self._graphs: int | None = None
@@ -123,7 +124,8 @@ class TrainingRun:
             state.passes,
             plan.config,
             plan.device,
-            self._stop,
+            # Several processes leave together, at the agreement after it, or one would keep the others waiting.
+            self._stop if plan.ranks.world_size == 1 else StopRequest(),
             batch=state.feed.first_batch(),
             evaluate=self._validation.rehearse,
             ranks=plan.ranks,
@@ -218,7 +220,9 @@ class TrainingRun:
         by_steps = every.every_steps is not None and self.step % every.every_steps == 0
         if done < 1.0 and (fractions > state.evaluations_due or by_steps):
             state.evaluation_pending = True
-        if state.evaluation_pending:
+        # Alone a validation breaks off at once; several processes would finish it: a resumed run makes it good.
+        leaving = self._stopping and self._plan.ranks.world_size > 1
+        if state.evaluation_pending and not leaving:
             self._validate()
             state.evaluations_due, state.evaluation_pending = fractions, False
 
@@ -266,26 +270,33 @@ class TrainingRun:
         try:
             self._save_checkpoint()
         except OSError as error:
-            self._checkpointed = time.monotonic()
             self._reporter.note(f"no checkpoint at step {self.step}: {error}; the run goes on without it")
 
     def _save_checkpoint(self) -> None:
-        """Every process takes part; the first one writes."""
+        """Every process takes part; the first one writes. Raises OSError at that one, and all know of it."""
+        ranks, failure = self._plan.ranks, None
         with self._state.clock.paused():
             self._watch.require_finite(self.step, self._state.model)
             checkpoint = self._state.checkpoint()
-            self._checkpoint_step = self.step
-            if self._plan.ranks.first:
-                self.last_checkpoint = save_checkpoint(
-                    self._checkpoints, checkpoint, keep=self._config.checkpoints_kept
-                ).name
-                self._reporter.say(Event(kind="checkpoint", step=self.step, detail=self.last_checkpoint))
+            if ranks.first:
+                try:
+                    path = save_checkpoint(self._checkpoints, checkpoint, keep=self._config.checkpoints_kept)
+                except OSError as error:
+                    failure = error
+                else:
+                    self.last_checkpoint = path.name
+                    self._reporter.say(Event(kind="checkpoint", step=self.step, detail=path.name))
+            (failed,) = ranks.first_says([float(failure is not None)])
         self._checkpointed = time.monotonic()
+        if failure is not None:
+            raise failure
+        if not failed:
+            self._checkpoint_step = self.step
 
     def _interrupted(self) -> ExitCode:
         """Without a new step there is nothing to keep (and after an unfinished warm-up the weights are none)."""
         self._state.clock.pause()
-        if self.step > self._resumed_step:
+        if self.step > self._checkpoint_step:
             self._save_checkpoint()
         signal = self._stop.signal_name or "asked of the first process"
         self._reporter.say(Event(kind="interrupted", step=self.step, detail=signal))

@@ -56,8 +56,10 @@ class Validation:
 
     def rehearse(self) -> None:
         """Run one batch as `score` would, so that its graph is there. Raises StopAskedError."""
+        self.running = True
         with self._unquantized():
             rehearse(self._plan, self._token_losses, self._stream, **self._how())
+        self.running = False
 
     def _score(self) -> Score:
         with self._unquantized():

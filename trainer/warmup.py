@@ -140,7 +140,7 @@ def warm_up(
 
     `batch` is one as the run will have them (default: random tokens in the configuration's micro-batch), and
     `evaluate` runs a pass of its evaluation. States that the model's switches have passed (a resumed run) are left
-    out, for switches never go off. A stop that is asked for is heeded between graphs: then it raises StopAskedError
+    out. A stop that is asked for is heeded between graphs: then it raises StopAskedError
     and the weights are not put back, the run being over. Raises RuntimeError if fake quantisation does not change the
     loss of the compiled pass: then a graph has folded the switch away, and the run would train without what it
     promises.
@@ -155,11 +155,12 @@ def warm_up(
                 if parameter.ndim == 2:
                     parameter.normal_(std=_WARMUP_STD, generator=generator)
         batch = batch or _random_batch(config, device, generator)
-        ahead = [
-            (loop, qat)
-            for loop, qat in reachable_switches(config)
-            if loop >= kept_switches[0] and qat >= kept_switches[1]
-        ]
+        # Switches never go off, and a branch may have some on that its own schedule has not come to.
+        ahead = list(
+            dict.fromkeys(
+                (loop or kept_switches[0], qat or kept_switches[1]) for loop, qat in reachable_switches(config)
+            )
+        )
         _run_passes(model, passes, ahead, stop=stop, batch=batch, evaluate=evaluate)
         with stop.explains_errors():
             Optimizers(model, config.optimizer, passes.iteration, ranks=ranks).step(0, 1.0)

@@ -21,7 +21,7 @@ from agent.domain.observations import Device
 from agent.domain.trials import RunKind
 from agent.domain.views import LedgerView, TrialView
 from trainer.config import LimitsConfig, TrainConfig, TrainerSettings
-from trainer.sizing import USABLE_SHARE, fitting_micro_tokens, peak_memory_bytes
+from trainer.sizing import USABLE_SHARE, chosen_micro_tokens, peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +128,7 @@ def _peak_memory(trainer: TrainerSettings, processes: int, total_bytes: int) -> 
     config = TrainConfig(**dict(trainer), limits=LimitsConfig(steps=1))
     micro = trainer.batch.micro_batch_tokens
     if micro is None:
-        usable = int(USABLE_SHARE * total_bytes)
-        micro = fitting_micro_tokens(config, usable, world_size=processes) or min(
-            trainer.batch.micro_choices(processes)
-        )
+        micro = chosen_micro_tokens(config, int(USABLE_SHARE * total_bytes), world_size=processes)
     return peak_memory_bytes(config, micro_tokens=micro, world_size=processes)
 
 

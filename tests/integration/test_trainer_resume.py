@@ -196,3 +196,22 @@ def test_a_run_may_be_interrupted_again_and_again(
     assert said(joined(parts, lines)) == said(whole)
     assert scores([*parts, *lines]) == scores(whole)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_branch_at_a_constant_rate_is_the_continuation_of_its_trunk(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Momentum's warm-up included, which counts the steps of the optimisers."""
+    constant: dict[str, Any] = {
+        "schedule": {"warmdown_fraction": 0.0},
+        "optimizer": {"muon_momentum_warmup_steps": 7, "muon_momentum_warmup_start": 0.3},
+    }
+    _, trunk = run(settings(PLAIN, **constant), data, tmp_path / "trunk", capsys)
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at_step(patched, 4)
+        run(settings(PLAIN, **constant), data, tmp_path / "stopped", capsys)
+    origin = tmp_path / "stopped" / "checkpoints" / "step_00000004.pt"
+    _, branch = run(
+        settings(PLAIN, limits={"steps": 4}, **constant), data, tmp_path / "branch", capsys, init_from=origin
+    )
+    assert losses(branch) == {step - 4: loss for step, loss in losses(trunk).items() if step > 4}

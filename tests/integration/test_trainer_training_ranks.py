@@ -75,6 +75,7 @@ import contextlib, json, os, signal, sys
 from pathlib import Path
 import torch
 from trainer.config import TrainConfig
+from trainer.errors import InputError
 from trainer.loop import train
 from trainer.optim import Optimizers
 from trainer.ranks import Ranks
@@ -93,7 +94,11 @@ for name, job in jobs.items():
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"said_{ranks.rank}", "w") as log, contextlib.redirect_stdout(log):
         config = TrainConfig.model_validate_json(job["config"])
-        codes[name] = int(train(config, data, out, out / "checkpoints", "auto", ranks=ranks))
+        checkpoints = out / ("elsewhere" if job.get("elsewhere") == ranks.rank else "checkpoints")
+        try:
+            codes[name] = int(train(config, data, out, checkpoints, "auto", ranks=ranks))
+        except InputError as error:  # of the last job, for who leaves so does not part from the others
+            codes[name] = str(error)
 Path(sys.argv[3], f"codes_{ranks.rank}").write_text(json.dumps(codes))
 """
 
@@ -172,6 +177,9 @@ def test_two_processes_train_as_one_does_and_hand_over_to_each_other(
     jobs["other_passes"] = {"config": OTHER_PASSES.to_json(), "stop": None}
     _, few = run(OTHER_PASSES, data, tmp_path / "alone" / "other_passes", capsys)
     jobs["asked_of_the_second"] = {"config": CURVES["plain"].to_json(), "stop": (1, STOPPED_STEP)}
+    _, taken = RELAYED
+    shutil.copytree(together / f"{taken}_taken_over" / "checkpoints", together / "differing" / "checkpoints")
+    jobs["differing"] = {"config": CURVES[taken].to_json(), "stop": None, "elsewhere": 1}
     for job, port in zip(jobs.values(), free_ports(len(jobs)), strict=True):
         job["port"] = port
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -188,6 +196,8 @@ def test_two_processes_train_as_one_does_and_hand_over_to_each_other(
     assert done.returncode == 0, done.stderr
     codes = [json.loads((together / f"codes_{rank}").read_text()) for rank in range(2)]
     assert codes[0] == codes[1]
+    assert "1 of 2 processes found another checkpoint or configuration" in codes[0].pop("differing")
+    del jobs["differing"]
     assert codes[0] == {name: int(ExitCode.INTERRUPTED if "_left" in name else ExitCode.OK) for name in jobs}
     said = {name: parsed((together / name / "said_0").read_text()) for name in jobs}
     assert {(together / name / "said_1").read_text() for name in jobs} == {""}

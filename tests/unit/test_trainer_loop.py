@@ -624,7 +624,7 @@ def test_compiled_passes_have_the_losses_and_gradients_of_plain_ones_in_every_st
 
 
 def test_the_clock_counts_only_while_it_runs() -> None:
-    times = iter([10.0, 13.0, 20.0, 21.0])
+    times = iter([10.0, 13.0, 20.0, 21.0, 22.0, 30.0, 31.0])
     clock = TrainingClock(torch.device("cpu"), seconds=5.0, now=lambda: next(times))
     assert clock.seconds == 5.0
     clock.start()
@@ -633,3 +633,6 @@ def test_the_clock_counts_only_while_it_runs() -> None:
         with clock.paused():
             assert clock.seconds == 8.0
     assert clock.seconds == 9.0
+    with pytest.raises(OSError, match="full"), clock.paused():
+        raise OSError("the disk is full")
+    assert clock.seconds == 11.0  # it runs again, for the run goes on

@@ -12,6 +12,7 @@ from trainer.config import LimitsConfig, ModelConfig, TrainConfig
 from trainer.memory import (
     USEFUL_MICRO_TOKENS,
     activation_bytes,
+    chosen_micro_tokens,
     fitting_micro_tokens,
     memory_terms,
     peak_memory_bytes,
@@ -62,7 +63,7 @@ def test_what_a_setting_adds_is_where_it_is_looked_for() -> None:
 
     assert also(averaging={"kind": "ema"}) == {"average": terms["weights"]}
     covariances = 9 * (3 * 512**2 + 1024**2)
-    assert also(optimizer={"muon_input_aware": True}) == {"input covariances": 4 * covariances}
+    assert also(optimizer={"muon_input_aware": True}) == {"input covariances": 2 * 4 * covariances}  # and their roots
     assert also(model={"tie_embeddings": False}).keys() == {
         "weights", "gradients", "moments (adamw)", "pass: bfloat16 weights",
     }  # fmt: skip
@@ -130,3 +131,20 @@ class TestFitting:
         asked = config(preset=preset)
         less, more = (fitting_micro_tokens(asked, a, world_size=world_size) or 0 for a in (available, 2 * available))
         assert less <= more
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch": {"train_batch_tokens": 2**19, "warmup_start_tokens": 2**17, "warmup_fraction": 0.5}},
+        {"loss": {"weighting": "bpb"}},
+        {"optimizer": {"muon_input_aware": True}},
+    ],
+)
+def test_where_it_decides_what_is_learnt_the_card_does_not_choose_the_micro_batch(changed: dict[str, Any]) -> None:
+    assert {chosen_micro_tokens(config(**changed), free) for free in (10**9, 10**11)} == {65536}
+    plain = config(batch={"train_batch_tokens": 2**19})
+    assert chosen_micro_tokens(plain, 10**11) == USEFUL_MICRO_TOKENS
+    assert chosen_micro_tokens(plain, 10**9) == 1024  # none is predicted to fit
+    with pytest.raises(ValueError, match="3 processes cannot share"):
+        chosen_micro_tokens(plain, 10**11, world_size=3)

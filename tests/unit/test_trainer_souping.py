@@ -714,3 +714,21 @@ def test_snapshots_make_a_soup_by_their_recorded_scores(tmp_path: Path, dataset:
     assert isinstance(result, AverageResult)
     shares = torch.softmax(-torch.tensor(losses, dtype=torch.float64) / DEFAULT_TEMPERATURE, dim=0)
     assert [member.share for member in result.members] == pytest.approx(shares.tolist(), abs=1e-12)
+
+
+def test_a_checkpoint_whose_loop_is_half_on_is_refused(dataset: DataSet, tmp_path: Path) -> None:
+    looped = CONFIG.model_copy(
+        update={
+            "model": CONFIG.model.model_copy(
+                update={"recurrence": RecurrenceConfig(first=0, last=0, gate_fraction=0.5)}
+            )
+        }
+    )
+    state = {name: tensor.detach() for name, tensor in GPT(looped.model).state_dict().items()}
+    fields = {"config": looped.to_json(), "recurrence_active": True}
+    files = [
+        kept(tmp_path, state, dataset, step=1, loop_gate=0.3, **fields),
+        kept(tmp_path, state, dataset, step=2, loop_gate=1.0, **fields),
+    ]
+    with pytest.raises(SoupError, match=r"step_00000001\.pt .* gate was opening \(0\.30\)"):
+        average(files, dataset.path, tmp_path / "soup", Soup(method="uniform"), say=lambda _: None)

@@ -56,17 +56,28 @@ def segments_of(inputs: Tensor, cu_seqlens: Tensor | None) -> Segments:
     the flattened rows; where none are given they are found, as many as there are tokens, most of them repeated.
     """
     batch, time = inputs.shape
-    starts = inputs == BOS
-    if cu_seqlens is not None:
-        given = torch.zeros(batch * time + 1, dtype=torch.bool, device=inputs.device)
-        starts = starts | given.index_fill(0, cu_seqlens.long(), True)[:-1].view(batch, time)
-    else:
+    starts = _starts(inputs, cu_seqlens)
+    if cu_seqlens is None:
         at = torch.arange(batch * time, device=inputs.device, dtype=torch.int32).view(batch, time)
         first = starts | (at % time == 0)
         cu_seqlens = functional.pad(
             torch.where(first, at, batch * time).flatten().sort().values, (0, 1), value=batch * time
         )
     return Segments(ids=starts.cumsum(1, dtype=torch.int32), cu_seqlens=cu_seqlens.int())
+
+
+def document_ids(inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The `ids` of `segments_of` alone."""
+    return _starts(inputs, cu_seqlens).cumsum(1, dtype=torch.int32)
+
+
+def _starts(inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(batch, time) bool: whether a document begins at a position; that one begins with each row is not said."""
+    starts = inputs == BOS
+    if cu_seqlens is None:
+        return starts
+    given = torch.zeros(inputs.numel() + 1, dtype=torch.bool, device=inputs.device)
+    return starts | given.index_fill(0, cu_seqlens.long(), True)[:-1].view_as(inputs)
 
 
 def could_run(backend: Backend, device: torch.device, *, documents: bool) -> bool:

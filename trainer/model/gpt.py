@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import PassContext, Projection, RopeTables, rope_tables
-from trainer.model.attention_backends import Backend, attention_of, segments_of
+from trainer.model.attention_backends import Backend, attention_of, document_ids, segments_of
 from trainer.model.blocks import Block
 from trainer.model.head import PLAIN, LossTerms, mean_loss, objective, row_losses
 from trainer.model.input_statistics import InputCovariance
@@ -194,15 +194,18 @@ class GPT(nn.Module):
         without them a document begins with each row and each BOS.
         """
         config, time = self.config, inputs.shape[1]
-        segments = segments_of(inputs, cu_seqlens) if config.document_attention or config.smear_gate else None
+        segments = segments_of(inputs, cu_seqlens) if config.document_attention else None
+        ids = None if segments is None else segments.ids
+        if ids is None and config.smear_gate:
+            ids = document_ids(inputs, cu_seqlens)
         master = self._as_trained(self.tok_emb.weight, "tok_emb.weight")
-        x = self._embedded(inputs, master, None if segments is None else segments.ids)
+        x = self._embedded(inputs, master, ids)
         shared = PassContext(
             tables=self._tables(time, x.dtype),
             attend=attention_of(
                 self.attention_backend,
                 time=time,
-                segments=segments if config.document_attention else None,
+                segments=segments,
                 device=inputs.device,
             ),
             embedded=x,

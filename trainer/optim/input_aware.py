@@ -110,6 +110,7 @@ class InputRoots:
         self._damping, self._ranks = damping, ranks
         self._by_width: dict[int, _SameWidth] = {}
         self._places: dict[str, tuple[int, int]] = {}
+        self._indices: dict[tuple[str, ...], Tensor] = {}
         places: dict[int, tuple[int, int]] = {}
         for name, observed in inputs.items():
             if id(observed) not in places:
@@ -154,7 +155,12 @@ class InputRoots:
         roots = self._by_width[places[0][0]].roots
         if roots is None:
             raise ValueError("refresh_if_due comes before the first use of the roots")
-        return roots[[index for _, index in places]]
+        wanted = [index for _, index in places]
+        if wanted == list(range(wanted[0], wanted[0] + len(wanted))):
+            return roots[wanted[0] : wanted[0] + len(wanted)]
+        if tuple(names) not in self._indices:  # copied to the device once, for a copy waits
+            self._indices[tuple(names)] = torch.tensor(wanted, device=roots.device)
+        return roots.index_select(0, self._indices[tuple(names)])
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Name of the first matrix that has an input -> its covariance, mass and root. Every rank must call it."""
