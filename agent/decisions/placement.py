@@ -83,9 +83,13 @@ def assign(trial: TrialView, free: FreeDevices) -> Assignment | NoPlace:
     fitting = [gpu for gpu in large_enough if not gpu.error]
     if healthy and len(fitting) < wants:
         largest = max(healthy, key=lambda gpu: gpu.memory_total_bytes)
+        trainer = trial.spec.trainer
+        # Where none is given, the need is that of the smallest already.
+        chosen = trainer is None or trainer.batch.micro_batch_tokens is not None
+        remedy = "a smaller batch.micro_batch_tokens" if chosen else "a shorter batch.train_seq_len or a smaller model"
         return NoPlace(
             why=f"needs {need(largest) / 1e9:.1f} GB on each of {wants} GPU(s); the largest card "
-            f"here has {largest.memory_total_bytes / 1e9:.1f} GB. Remedy: a smaller batch.micro_batch_tokens, "
+            f"here has {largest.memory_total_bytes / 1e9:.1f} GB. Remedy: {remedy}, "
             "or say what it really needs in resources.vram_gb",
             hopeless=len(large_enough) < wants,  # a sick card may be large enough, and recover
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal, Self
@@ -224,7 +225,7 @@ def track_of(spec: Spec, val_sha256: str | None) -> Track:
             parts.append(f"{config.token_limit}tok")
         if spec.init_from is not None:
             # A branch has its trunk's training behind it: no equal limit makes it comparable with a run from scratch.
-            parts.append(f"from:{hashlib.sha256(spec.init_from.encode()).hexdigest()[:8]}")
+            parts.append(f"from:{hashlib.sha256(posixpath.normpath(spec.init_from).encode()).hexdigest()[:8]}")
         return Track(val=(val_sha256 or "unknown")[:12], limit="+".join(parts), budget_bytes=spec.budget_bytes)
     limits = spec.limits
     limit = "open"

@@ -97,8 +97,9 @@ for name, job in jobs.items():
         checkpoints = out / ("elsewhere" if job.get("elsewhere") == ranks.rank else "checkpoints")
         try:
             codes[name] = int(train(config, data, out, checkpoints, "auto", ranks=ranks))
-        except InputError as error:  # of the last job, for who leaves so does not part from the others
+        except InputError as error:  # both leave so, and then do not part by themselves
             codes[name] = str(error)
+            torch.distributed.destroy_process_group()
 Path(sys.argv[3], f"codes_{ranks.rank}").write_text(json.dumps(codes))
 """
 

@@ -95,3 +95,30 @@ def test_nothing_else_is_read_so() -> None:
         assert seen_through(trial(spec=TWO), ended) is ended
     crashed = over(text="torchrun: no such option")
     assert seen_through(trial(spec=TWO), crashed) is crashed
+
+
+TOLD = "torch.distributed.elastic.multiprocessing.api.SignalException: Process 20043 got signal: 15"
+
+
+def test_a_result_that_was_written_before_the_signal_came_is_kept() -> None:
+    ended = dataclasses.replace(over(text=TOLD), has_result=True)
+    found = judged(ended, TWO)
+    assert isinstance(found, Finish)
+    assert found.result is Result.COMPLETED
+
+
+def test_processes_that_were_killed_in_the_middle_wrote_no_checkpoint() -> None:
+    text = "Unable to shutdown process 873 via 15, forcefully exiting via 9\n" + TOLD
+    assert seen_through(trial(spec=TWO), over(text=text)).returncode == -9
+    assert seen_through(trial(spec=TWO), over(text=TOLD)).returncode == 75
+
+
+def test_the_complaint_of_a_process_that_lost_another_is_not_the_cause() -> None:
+    said = (
+        "rank 1: out_of_memory:a micro-batch of 1024 tokens does not fit; set batch.micro_batch_tokens to 512 step:12\n"
+        "error: rank 0 of 2 lost another one while averaging: connection closed; what the other one said tells why"
+    )
+    found = judged(over(text=REPORT.format(said=said, code=67)), TWO)
+    assert isinstance(found, Finish)
+    assert "set batch.micro_batch_tokens to 512" in found.reason
+    assert "lost another" not in found.reason
