@@ -8,7 +8,7 @@ scores, without a measurement.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
@@ -173,18 +173,7 @@ def refusal_of(backend: Backend, shape: AttentionShape, device: torch.device) ->
 @cache
 def _refusal(backend: Backend, shape: AttentionShape, device: torch.device) -> str:
     """Found out by a pass over one row."""
-    return timing_of(backend, _with_one_row(shape), device).refusal
-
-
-def _with_one_row(shape: AttentionShape) -> AttentionShape:
-    return AttentionShape(
-        rows=1,
-        time=shape.time,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        documents=shape.documents,
-    )
+    return timing_of(backend, replace(shape, rows=1), device).refusal
 
 
 def _first_line(error: BaseException) -> str:

@@ -77,12 +77,22 @@ def chosen_micro_tokens(config: TrainConfig, available_bytes: int, *, world_size
     But where it would decide what is learnt, that is not left to the card: then it is the configuration's default, as
     far as the processes can share it. Raises ValueError if so many processes cannot share the batch.
     """
+    default = default_micro_tokens(config, world_size)
+    if micro_batch_matters(config):
+        return default
+    fitting = fitting_micro_tokens(config, available_bytes, world_size=world_size)
+    return fitting or config.batch.micro_choices(world_size)[0]
+
+
+def default_micro_tokens(config: TrainConfig, world_size: int = 1) -> int:
+    """The configuration's own micro-batch, or the largest below it that `world_size` processes can share.
+
+    Raises ValueError if so many processes cannot share the batch.
+    """
     choices = config.batch.micro_choices(world_size)
     if not choices:
         raise ValueError(f"{world_size} processes cannot share a batch of {config.batch.train_batch_tokens} tokens")
-    if micro_batch_matters(config):
-        return max((tokens for tokens in choices if tokens <= config.batch.micro_tokens), default=choices[0])
-    return fitting_micro_tokens(config, available_bytes, world_size=world_size) or choices[0]
+    return max((tokens for tokens in choices if tokens <= config.batch.micro_tokens), default=choices[0])
 
 
 def micro_batch_matters(config: TrainConfig) -> bool:

@@ -15,7 +15,7 @@ from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
 from trainer.matrix_rate import matrix_rate
-from trainer.memory import USABLE_SHARE, chosen_micro_tokens, peak_memory_bytes
+from trainer.memory import USABLE_SHARE, chosen_micro_tokens, default_micro_tokens, peak_memory_bytes
 from trainer.model.attention_backends import Backend
 from trainer.ranks import ALONE, Ranks
 from trainer.report import Event
@@ -124,8 +124,7 @@ def _micro_tokens(config: TrainConfig, device: torch.device, ranks: Ranks, free:
         return batch.micro_batch_tokens
     if device.type == "cuda" and free is not None:
         return chosen_micro_tokens(config, free, world_size=ranks.world_size)
-    choices = batch.micro_choices(ranks.world_size)
-    return max((tokens for tokens in choices if tokens <= batch.micro_tokens), default=choices[0])
+    return default_micro_tokens(config, ranks.world_size)
 
 
 def _backend(

@@ -309,6 +309,9 @@ class TrainingRun:
         state.clock.pause()
         if self.step > self._checkpoint_step:
             self._save_if_possible()
+        if self._config.qat.enabled and not state.model.fake_quant_active:
+            detail = f"never: no step began after {self._config.qat.start_fraction:g} of the run"
+            self._reporter.say(Event(kind="late_qat", step=self.step, detail=detail))
         state.open_loop_gate(1.0)
         ending = Ending(
             state,

@@ -623,6 +623,14 @@ def test_compiled_passes_have_the_losses_and_gradients_of_plain_ones_in_every_st
     assert all(not torch.allclose(one, other, rtol=1e-3) for one, other in pairwise(seen))
 
 
+def test_quantisation_aware_training_that_no_step_came_to_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, lines = run(config(limits={"steps": 3}, qat={"start_fraction": 0.85}), data, tmp_path, capsys)
+    told = [line.detail for line in lines if isinstance(line, Event) and line.kind == "late_qat"]
+    assert told == ["never: no step began after 0.85 of the run"]
+
+
 def test_the_clock_counts_only_while_it_runs() -> None:
     times = iter([10.0, 13.0, 20.0, 21.0, 22.0, 30.0, 31.0])
     clock = TrainingClock(torch.device("cpu"), seconds=5.0, now=lambda: next(times))
