@@ -8,6 +8,7 @@ in the same order and with the same shapes; alone, each is free.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # torch only where there is more than one process
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GLOO, _GLOO_AND_NCCL = "gloo", "cpu:gloo,cuda:nccl"
+_LETTING_GO_SECONDS = 0.1  # for gloo's threads, when they are not joined, to drop the last collective's tensors
 
 
 class RanksError(InputError):
@@ -69,7 +71,11 @@ class Ranks:
         if self.world_size == 1:
             yield
             return
-        from torch import distributed  # noqa: PLC0415 - torch only where there is more than one process
+        # Its functions keep, as default arguments, the group that exists when they are imported, and torch._dynamo
+        # imports them. A group kept at the interpreter's end aborts the process now and then: gloo's threads live
+        # on, and one that lets go of a tensor's Python object finds no interpreter. So: before there is a group.
+        import torch.distributed.nn.functional  # noqa: F401, PLC0415 - torch only with more than one process
+        from torch import distributed  # noqa: PLC0415 - as above
 
         backend = self._backend(device)
         try:
@@ -85,7 +91,11 @@ class Ranks:
                 f"{with_nccl:.0f} of {self.world_size} processes have a GPU of their own; start as many on each "
                 "machine as it has GPUs, or set the configuration's device to cpu"
             )
-        yield
+        try:
+            yield
+        except BaseException:
+            time.sleep(_LETTING_GO_SECONDS)
+            raise
         distributed.destroy_process_group()
 
     def local_world_size(self) -> int:
