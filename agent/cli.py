@@ -66,7 +66,7 @@ def up(  # noqa: PLR0917 - each is an option of the command line, never position
     as_json: Annotated[bool, typer.Option("--json", help="One JSON record per heartbeat.")] = False,
 ) -> None:
     """Run the daemon in the foreground. Ctrl-C stops the daemon and leaves its runs alive."""
-    from agent import foreground
+    from agent import foreground, tables
 
     report = foreground.run_daemon(
         Workspace(workspace.resolve()),
@@ -76,6 +76,9 @@ def up(  # noqa: PLR0917 - each is an option of the command line, never position
         interval_seconds=interval,
         cpu_slots=cpu_slots,
     )
+    if until_drained and report is not None:
+        for line in tables.left_over(report):
+            typer.echo(line, err=True)
     if once and (report is None or not report.ok):
         raise typer.Exit(1)
 

@@ -22,6 +22,7 @@ from agent.domain.views import TrialView
 
 if TYPE_CHECKING:
     from agent.doctor import Check
+    from agent.domain.beats import BeatReport
     from agent.ledger.queries import (
         BoardRow,
         CommandRecord,
@@ -291,6 +292,19 @@ def wait_reasons(beats: Sequence[HeartbeatRecord]) -> dict[str, str]:
         return {}
     decisions = json.loads(beats[0].report_json)["decisions"]
     return {decision["trial"]: decision["reason"] for decision in decisions if decision["kind"] == "wait"}
+
+
+def left_over(report: BeatReport) -> list[str]:
+    """What a drained queue still holds, each with why it cannot start as things are; nothing if it is empty."""
+    if not report.drained or not report.waiting:
+        return []
+    told = [line for line in report.decisions if line.kind == "wait"]
+    more = report.waiting - len(told)
+    return [
+        f"caddie: {report.waiting} left that cannot start as things are:",
+        *(f"  {line.trial}: {line.reason}" for line in told),
+        *([f"  and {more} more: caddie queue shows them"] if more else []),
+    ]
 
 
 def heartbeat_values(beats: Sequence[HeartbeatRecord]) -> list[Any]:

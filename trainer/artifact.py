@@ -140,6 +140,12 @@ def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: 
     return MAGIC + len(packed).to_bytes(_LENGTH_BYTES, "little") + hashlib.sha256(packed).digest() + packed + payload
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a file begins as an artifact of any version does. Raises OSError."""
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC))[:-1] == MAGIC[:-1]
+
+
 def read_artifact(path: Path) -> Artifact:
     """Read and check a file. Raises OSError or ArtifactError."""
     return unpack(path.read_bytes(), str(path))

@@ -16,15 +16,15 @@ from trainer.checkpoint import (
     CHECKPOINT_FORMAT,
     Checkpoint,
     OtherConfigurationError,
+    checkpoint_of,
     config_of,
     first_difference,
-    load_checkpoint,
 )
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.durable import sha256_of
 from trainer.errors import InputError
-from trainer.model_file import MODEL_FORMAT, load_model, load_whole
+from trainer.model_file import MODEL_FORMAT, SavedModel, load_whole, model_of
 from trainer.report import Event
 
 
@@ -35,10 +35,11 @@ def load_branch(path: Path, config: TrainConfig, dataset: DataSet) -> Checkpoint
     Raises OSError, CheckpointError for a file that is neither, OtherConfigurationError naming the field in which its
     model is another one, or InputError if it was made on other data.
     """
+    content = load_whole(path, CHECKPOINT_FORMAT, MODEL_FORMAT)
     digest = sha256_of(path)
-    if load_whole(path, CHECKPOINT_FORMAT, MODEL_FORMAT)["format"] == MODEL_FORMAT:
-        return _of_model_file(path, config, dataset, digest)
-    origin = load_checkpoint(path)
+    if content["format"] == MODEL_FORMAT:
+        return _of_model_file(model_of(path, content, "cpu"), config, dataset, digest)
+    origin = checkpoint_of(path, content)
     _require_same_model(path, config_of(path, origin).model, config.model)
     require_same_data(origin, dataset, f"the checkpoint {path}", "branch off on the data that it was made on")
     theirs, ours = (_data_order(one) for one in (config_of(path, origin), config))
@@ -80,9 +81,8 @@ def require_same_data(checkpoint: Checkpoint, dataset: DataSet, what: str, remed
             raise InputError(f"{what} was made on other {kind} data than {dataset.path} has; {remedy}")
 
 
-def _of_model_file(path: Path, config: TrainConfig, dataset: DataSet, digest: str) -> Checkpoint:
-    saved = load_model(path, "cpu")
-    _require_same_model(path, saved.config.model, config.model)
+def _of_model_file(saved: SavedModel, config: TrainConfig, dataset: DataSet, digest: str) -> Checkpoint:
+    _require_same_model(saved.path, saved.config.model, config.model)
     saved.require_data(dataset)
     return Checkpoint(
         config=config.to_json(),

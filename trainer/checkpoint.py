@@ -75,10 +75,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises OSError, CheckpointError if it is not a whole one of this version, or OtherConfigurationError if its
     configuration cannot be read.
     """
-    data = load_whole(path, CHECKPOINT_FORMAT)
-    data.pop("format")
+    return checkpoint_of(path, load_whole(path, CHECKPOINT_FORMAT))
+
+
+def checkpoint_of(path: Path, data: dict[str, Any]) -> Checkpoint:
+    """What `load_checkpoint` gives, from what `load_whole` read from `path`. Raises as that does."""
+    if data["format"] != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} is of the format {data['format']}, not {CHECKPOINT_FORMAT}")
     try:
-        checkpoint = Checkpoint(**data)
+        checkpoint = Checkpoint(**{name: value for name, value in data.items() if name != "format"})
     except TypeError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}; take an earlier one") from error
     for name, hint in get_type_hints(Checkpoint).items():
@@ -99,8 +104,8 @@ def newest_first(directory: Path) -> list[Path]:
 def find_checkpoint(resume: str | None, directory: Path, config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `resume` asks for: None from the start, `auto` the newest readable one if any, or a file.
 
-    Raises OSError for a file that is not there, CheckpointError for one that cannot be read or is of another
-    configuration, naming the first field that differs.
+    Raises OSError, or CheckpointError for a file that is not there, cannot be read or is of another configuration,
+    naming the first field that differs.
     """
     if resume is None:
         return None

@@ -67,11 +67,11 @@ class Ending:
         self._save(self._out / RAW_MODEL_NAME, raw)
         with state.average.in_place():
             score = self._validation.score()
-            self._save(self._out / MODEL_NAME, score)
+            self._save(self._out / MODEL_NAME, score, averaging=kind)
         self._reporter.say(FinalPoint(averaging=kind, val_loss=score.loss, val_bpb=score.bpb))
         return score
 
-    def _save(self, path: Path, score: Score) -> None:
+    def _save(self, path: Path, score: Score, *, averaging: str | None = None) -> None:
         state, manifest = self._state, self._state.plan.dataset.manifest
         if state.plan.ranks.first:
             save_model(
@@ -81,6 +81,7 @@ class Ending:
                 tokenizer_sha256=manifest.tokenizer.sha256,
                 val_sha256=manifest.val_sha256,
                 validation=Recorded(step=state.step, val_loss=score.loss, val_bpb=score.bpb),
+                averaging=averaging,
             )
 
     def _result(self, raw: Score, averaged: Score | None, recompiles: int | None) -> TrainResult:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer import sizing
+from trainer.artifact import is_artifact
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.durable import replacing
@@ -66,6 +67,8 @@ class SavedModel:
     val_sha256: str
     validation: Validation | None = None
     """The score of just these weights, where one was recorded."""
+    averaging: str | None = None
+    """`ema`, `swa` or `soup` if the weights are an average; None as trained, and in older files."""
 
     def require_data(self, dataset: DataSet) -> None:
         """Raise CheckpointError unless `dataset` has the tokenizer and the validation set of the training."""
@@ -89,10 +92,12 @@ def save_model(
     tokenizer_sha256: str,
     val_sha256: str,
     validation: Validation | None = None,
+    averaging: str | None = None,
 ) -> None:
     """Write weights and the state of the loop, whole or not at all. The hashes tie them to their data.
 
-    `validation` is the score of these weights on that validation set by `config`'s windows. Raises OSError.
+    `validation` is the score of these weights on that validation set by `config`'s windows, `averaging` what kind of
+    average they are. Raises OSError.
     """
     content = {
         "format": MODEL_FORMAT,
@@ -101,6 +106,7 @@ def save_model(
         "tokenizer_sha256": tokenizer_sha256,
         "val_sha256": val_sha256,
         "validation": None if validation is None else tuple(validation),
+        "averaging": averaging,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
     }
     save_whole(path, content)
@@ -121,6 +127,7 @@ def model_of(path: Path, data: dict[str, Any], device: torch.device | str) -> Sa
         state, recurrence_active = data["state_dict"], bool(data["recurrence_active"])
         tokenizer_sha256, val_sha256 = str(data["tokenizer_sha256"]), str(data["val_sha256"])
         validation = _validation(data.get("validation"))
+        averaging = None if data.get("averaging") is None else str(data["averaging"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole model file: {error}") from error
     require_shapes(path, state, config)
@@ -134,6 +141,7 @@ def model_of(path: Path, data: dict[str, Any], device: torch.device | str) -> Sa
         tokenizer_sha256=tokenizer_sha256,
         val_sha256=val_sha256,
         validation=validation,
+        averaging=averaging,
     )
 
 
@@ -161,8 +169,15 @@ def save_whole(path: Path, content: dict[str, Any]) -> None:
 def load_whole(path: Path, *expected: str) -> dict[str, Any]:
     """Read onto the CPU what `save_whole` wrote, its `format` being one of `expected` if there are any.
 
-    Raises OSError, or CheckpointError for a file that is damaged, or of another kind.
+    Raises OSError, or CheckpointError for a file that is not there, damaged, or of another kind.
     """
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; give a checkpoint (step_NNNNNNNN.pt) or a model.pt of a run")
+    if is_artifact(path):
+        raise CheckpointError(
+            f"{path} is an exported artifact, whose weights are rounded; give the model.pt that it was made from, or "
+            "a checkpoint of its run"
+        )
     with path.open("rb") as stream:
         try:
             _require_intact(stream)

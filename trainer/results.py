@@ -81,6 +81,9 @@ class EvaluateResult(_Value):
     source_path: str
     source_sha256: str
     source_kind: Literal["artifact", "model"]
+    averaging: str | None = Field(
+        default=None, description="ema, swa or soup, if the weights of a model file are an average."
+    )
     val_loss: float
     val_bpb: float
     val_sha256: str

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.artifact import MAGIC, ArtifactError, read_artifact
+from trainer.artifact import ArtifactError, is_artifact, read_artifact
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device, is_out_of_memory, synchronize
@@ -66,6 +66,8 @@ class Scoring:
     sha256: str
     scheme: str | None
     """Of an artifact; None for a model as trained."""
+    averaging: str | None
+    """What kind of average a model is, if it is one."""
     model: GPT
     dataset: DataSet
     validation: ValidationStream
@@ -89,7 +91,7 @@ class Scoring:
         dataset = DataSet.load(request.data)
         digest = sha256_of(request.source)
         device = choose_device(request.device, asked_by="--device", local_rank=ranks.local_rank)
-        model, config, scheme = _load(request.source, dataset, device)
+        model, config, scheme, averaging = _load(request.source, dataset, device)
         adaptation, by_document = request.adaptation, _by_document(request.adaptation)
         _require_fitting(adaptation, request.stride, ranks)
         if request.context is not None and request.stride is None and not by_document:
@@ -121,6 +123,7 @@ class Scoring:
             source=request.source,
             sha256=digest,
             scheme=scheme,
+            averaging=averaging,
             model=model,
             dataset=dataset,
             validation=validation,
@@ -157,6 +160,11 @@ class Scoring:
         observers: tuple[OnScored, ...] = (RemainingTime(self.device, say), *on_scored)
         if self.adaptation is not None and self.adaptation.mode == "lora":
             return self._score_documents(self.adaptation, observers)
+        if self.adaptation is not None and self.adaptation.chunk_tokens >= self.plan.scored:
+            say(
+                f"nothing is learnt: all {self.plan.scored} tokens are one chunk, which is scored before it is learnt "
+                "from; give a smaller --ttt-chunk"
+            )
         with put_back(self.model) if self.adaptation else nullcontext():
             batch_tokens = self.batch_tokens
             if self.adaptation is not None:
@@ -230,6 +238,7 @@ class Scoring:
             source_path=str(self.source),
             source_sha256=self.sha256,
             source_kind="artifact" if self.scheme else "model",
+            averaging=self.averaging,
             val_loss=found.loss,
             val_bpb=found.bpb,
             val_sha256=self.dataset.manifest.val_sha256,
@@ -250,7 +259,7 @@ class Scoring:
 
 def final_line(result: EvaluateResult, scheme: str | None) -> str:
     """The last line of an evaluation, labelled as the public scripts label theirs."""
-    name = scheme.replace("+", "_") if scheme else "raw"
+    name = scheme.replace("+", "_") if scheme else result.averaging or "raw"
     numbers = f"val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
     if result.ttt is not None:
         how = f"mode:{result.ttt.mode} lr:{result.ttt.lr:g} chunk:{result.ttt.chunk_tokens} context:{result.context}"
@@ -258,7 +267,7 @@ def final_line(result: EvaluateResult, scheme: str | None) -> str:
         return f"final_{name}_ttt_exact {numbers} {how}"
     if result.metric == "sliding":
         return f"final_{name}_sliding_window_exact {numbers} stride:{result.stride} context:{result.context}"
-    return f"final_{name}_roundtrip_exact {numbers}" if scheme else f"final_raw_exact {numbers}"
+    return f"final_{name}_roundtrip_exact {numbers}" if scheme else f"final_{name}_exact {numbers}"
 
 
 class RemainingTime:
@@ -311,17 +320,15 @@ def _seq_len(config: TrainConfig) -> int:
     return config.batch.train_seq_len
 
 
-def _load(source: Path, dataset: DataSet, device: torch.device) -> tuple[GPT, TrainConfig, str | None]:
-    """The model, its config, and the scheme if the file is an artifact; both belong to the data.
+def _load(source: Path, dataset: DataSet, device: torch.device) -> tuple[GPT, TrainConfig, str | None, str | None]:
+    """The model, its config, the scheme if the file is an artifact, and what kind of average a model file has.
 
     Raises OSError or InputError.
     """
-    with source.open("rb") as stream:
-        is_artifact = stream.read(len(MAGIC))[:-1] == MAGIC[:-1]
-    if not is_artifact:
+    if not is_artifact(source):
         saved = load_model(source, device)
         saved.require_data(dataset)
-        return saved.model.eval(), saved.config, None
+        return saved.model.eval(), saved.config, None, saved.averaging
     artifact = read_artifact(source)
     manifest = dataset.manifest
     if (artifact.manifest.tokenizer_sha256, artifact.manifest.vocab_size) != (
@@ -329,4 +336,4 @@ def _load(source: Path, dataset: DataSet, device: torch.device) -> tuple[GPT, Tr
         manifest.vocab_size,
     ):
         raise ArtifactError(f"{source} was made with another tokenizer than the data; evaluate with its own data")
-    return artifact.model(device), artifact.config, artifact.manifest.scheme
+    return artifact.model(device), artifact.config, artifact.manifest.scheme, None

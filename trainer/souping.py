@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.branching import model_difference
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import checkpoint_of
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device, is_out_of_memory
@@ -123,7 +123,14 @@ def average(files: Sequence[Path], data: Path, out: Path, soup: Soup, *, say: Ca
     state = _mixed(members, shares)
     found = scorer.score(state)
     manifest = dataset.manifest
-    save_model(path, model, first.config, tokenizer_sha256=manifest.tokenizer.sha256, val_sha256=manifest.val_sha256)
+    save_model(
+        path,
+        model,
+        first.config,
+        tokenizer_sha256=manifest.tokenizer.sha256,
+        val_sha256=manifest.val_sha256,
+        averaging="soup",
+    )
     return AverageResult(
         method=soup.method,
         temperature=soup.temperature,
@@ -178,8 +185,8 @@ def _read_members(files: Sequence[Path], dataset: DataSet) -> list[_Member]:
 
 def _read(path: Path, dataset: DataSet) -> tuple[_Member, State]:
     """A model file or a checkpoint, of the tokenizer and the validation set of the data."""
-    digest = sha256_of(path)
     content = load_whole(path)
+    digest = sha256_of(path)
     if content.get("format") == MODEL_FORMAT:
         saved = model_of(path, content, "cpu")
         saved.require_data(dataset)
@@ -192,7 +199,7 @@ def _read(path: Path, dataset: DataSet) -> tuple[_Member, State]:
             recorded=saved.validation,
         )
         return member, state
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint_of(path, content)
     if checkpoint.recurrence_active and checkpoint.loop_gate < 1.0:
         raise SoupError(
             f"{path} is from while the loop's gate was opening ({checkpoint.loop_gate:.2f}); take a later one, for a "

@@ -10,6 +10,7 @@ from pathlib import Path
 from agent.domain.actions import Assignment, Launch
 from agent.domain.errors import ExecutionError
 from agent.domain.runfiles import Order
+from agent.domain.specs import Spec
 from agent.domain.trials import RunKind
 from agent.domain.views import TrialView
 
@@ -55,7 +56,7 @@ def build_order(
         run_uuid=run_uuid,
         argv=argv,
         cwd=str(_working_directory(root, spec.working_directory, out)),
-        env=_environment(launch.assignment, spec.env, run_uuid),
+        env=_environment(launch.assignment, {**_patience(spec), **spec.env}, run_uuid),
         grace_seconds=spec.grace_seconds,
         timeout_seconds=spec.timeout_seconds if launch.kind is RunKind.TRAIN else None,
     )
@@ -67,6 +68,14 @@ def _trainer(verb: str, source: Path, data: Path, out: Path, *, processes: int =
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher = torchrun if processes > 1 else []
     return [sys.executable, *launcher, "-m", "trainer", verb, str(source), "--data", str(data), "--out", str(out)]
+
+
+def _patience(spec: Spec) -> dict[str, str]:
+    """How long torchrun waits for its processes' checkpoints after TERM: a second less than the runner waits for it,
+    so that it can still say how they ended. By itself it would kill them after 30 s."""
+    if spec.processes == 1:
+        return {}
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, int(spec.grace_seconds) - 1))}
 
 
 def _working_directory(root: Path, asked: str | None, out: Path) -> Path:

@@ -186,6 +186,16 @@ class TestAnswers:
         assert record["runs"][0]["trial"] == "live@1337"
         assert record["ok"] is True
 
+    def test_a_drained_queue_tells_what_is_left_and_why(self, place: Place) -> None:
+        assert place.ask("up", "--until-drained", "--plain", "--cpu-slots", 2).err == ""
+        place.ask("enqueue", place.command("large", ["true"], "resources: {cpus: 9}\n"))
+        answer = place.ask("up", "--until-drained", "--plain", "--cpu-slots", 2)
+        assert answer.code == 0
+        assert answer.err.splitlines() == [
+            "caddie: 1 left that cannot start as things are:",
+            "  large@1337: asks for 9 CPU slots, this machine has 2. Remedy: lower resources.cpus to 2",
+        ]
+
     def test_queue(self, busy: Place) -> None:
         (waiting,) = busy.json("queue")["trials"]
         assert (waiting["trial"], waiting["state"], waiting["priority"]) == ("waiting@1337", "queued", 0)

@@ -88,8 +88,21 @@ def test_several_gpus_train_under_torchrun_and_only_train(tmp_path: Path) -> Non
         *("-m", "trainer", "train", str(tmp_path / DIRECTORY / "config.json")),
     ]
     assert order.env["CUDA_VISIBLE_DEVICES"] == "a,b,c,d"
+    assert order.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "29"
     scored, _ = build_order(tmp_path, asking, launch(RunKind.EVALUATE, "m"), run_uuid=UUID, directory="d")
     assert scored.argv[:4] == [sys.executable, "-m", "trainer", "evaluate"]
+
+
+@pytest.mark.parametrize(("grace", "patience"), [(300, "299"), (1.5, "1"), (0.2, "1")])
+def test_torchrun_waits_for_checkpoints_nearly_as_long_as_the_runner(
+    tmp_path: Path, grace: float, patience: str
+) -> None:
+    asking = trial(trainer={}, limits={"steps": 10}, resources={"gpus": 2}, grace_seconds=grace)
+    order, _ = build_order(tmp_path, asking, launch(), run_uuid=UUID, directory=DIRECTORY)
+    assert order.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == patience
+    asking = trial(trainer={}, limits={"steps": 10}, grace_seconds=grace)
+    alone, _ = build_order(tmp_path, asking, launch(), run_uuid=UUID, directory=DIRECTORY)
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in alone.env
 
 
 def test_a_branch_begins_from_a_file_of_the_workspace(tmp_path: Path) -> None:

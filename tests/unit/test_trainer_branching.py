@@ -270,10 +270,9 @@ def test_the_log_line_tells_a_model_file(tmp_path: Path, dataset: DataSet) -> No
 
 
 def test_files_that_are_neither_are_named(tmp_path: Path, dataset: DataSet) -> None:
-    with pytest.raises(FileNotFoundError):
-        load_branch(tmp_path / "nowhere.pt", BRANCH, dataset)
-    with pytest.raises(OSError, match="directory"):
-        load_branch(tmp_path, BRANCH, dataset)
+    for path in (tmp_path / "nowhere.pt", tmp_path):
+        with pytest.raises(CheckpointError, match=rf"there is no file {path}; give a checkpoint"):
+            load_branch(path, BRANCH, dataset)
     path = tmp_path / "odd.pt"
     torch.save({"format": "something else"}, path)
     with pytest.raises(

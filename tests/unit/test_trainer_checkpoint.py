@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.artifact import MAGIC, is_artifact
 from trainer.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -102,11 +103,30 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         load_model(path, "cpu")
 
 
-def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_missing_file_is_named_with_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no file .*model\.pt; give a checkpoint"):
         load_model(tmp_path / "model.pt", "cpu")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match=r"there is no file .*step_1\.pt; give a checkpoint"):
         find_checkpoint(str(tmp_path / "step_1.pt"), tmp_path, CONFIG)
+
+
+def test_an_artifact_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.caddie"
+    path.write_bytes(MAGIC + bytes(50))
+    with pytest.raises(CheckpointError, match=r"model\.caddie is an exported artifact, .* give the model\.pt"):
+        find_checkpoint(str(path), tmp_path, CONFIG)
+    path.write_bytes(MAGIC[:-1] + b"\xff")
+    assert is_artifact(path)
+    path.write_bytes(MAGIC[:-2])
+    assert not is_artifact(path)
+
+
+@pytest.mark.parametrize("averaging", [None, "ema"])
+def test_a_model_file_says_what_average_it_is(tmp_path: Path, averaging: str | None) -> None:
+    path = tmp_path / "model.pt"
+    model = GPT(CONFIG.model, CONFIG.export)
+    save_model(path, model, CONFIG, tokenizer_sha256="tk", val_sha256="ab", averaging=averaging)
+    assert load_model(path, "cpu").averaging == averaging
 
 
 def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trainer.__main__ import app
 from trainer.artifact import MAGIC
 from trainer.evaluation import ScoredBatch, ValidationStream
 from trainer.model.gpt import GPT
+from trainer.model_file import load_model, save_model
 from trainer.ranks import Ranks, RanksError
 from trainer.report import EvaluateResult, parse_line, read_result
 from trainer.scoring import RemainingTime, Scoring, ScoringRequest
@@ -50,6 +51,19 @@ def test_a_plain_score_says_so(work: Path, tmp_path: Path) -> None:
     line = f"final_raw_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
     assert done.stdout.splitlines() == [line]
     assert done.stderr == ""
+
+
+def test_an_averaged_model_has_a_label_of_its_own(work: Path, tmp_path: Path) -> None:
+    raw = load_model(work / "model.pt", "cpu")
+    hashes = {"tokenizer_sha256": raw.tokenizer_sha256, "val_sha256": raw.val_sha256}
+    save_model(tmp_path / "averaged.pt", raw.model, raw.config, averaging="ema", **hashes)
+    done = CliRunner().invoke(
+        app, ["evaluate", str(tmp_path / "averaged.pt"), "--data", str(work / "data"), "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    result = _result(tmp_path)
+    assert result.averaging == "ema"
+    assert done.stdout == f"final_ema_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}\n"
 
 
 def test_a_sliding_score_has_a_label_of_its_own_and_more_context(work: Path, tmp_path: Path) -> None:

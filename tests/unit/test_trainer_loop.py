@@ -37,7 +37,7 @@ from trainer.evaluation import ValidationStream, evaluate
 from trainer.interruption import StopAskedError, StopRequest
 from trainer.loop import train
 from trainer.model.gpt import GPT
-from trainer.model_file import load_model
+from trainer.model_file import CheckpointError, load_model
 from trainer.optim import Optimizers
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint, TrainResult, ValPoint, parse_line, read_result
 from trainer.warmup import Passes, build_passes, reachable_switches, warm_up
@@ -523,7 +523,7 @@ def test_bad_input_is_refused_before_anything_is_written(data: Path, tmp_path: P
         train(other, data, tmp_path / "out", tmp_path / "out", None)
     with pytest.raises(ValueError, match="manifest"):
         train(settings, tmp_path / "nowhere", tmp_path / "out", tmp_path / "out", None)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match=r"no file .*gone\.pt"):
         train(settings, data, tmp_path / "out", tmp_path / "out", str(tmp_path / "gone.pt"))
     assert not (tmp_path / "out").exists()
 

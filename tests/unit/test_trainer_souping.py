@@ -494,7 +494,7 @@ THRICE = CONFIG.model_copy(
         (beside(tokenizer_sha256="ab" * 32), r"odd\.pt was trained with another tokenizer"),
         (checkpoint_beside(train_sha256="cd" * 32), r"step_00000001\.pt was trained on other data"),
         (checkpoint_beside(val_sha256="cd" * 32), r"step_00000001\.pt was trained on other data"),
-        (nothing_beside, r"No such file or directory: .*nowhere\.pt"),
+        (nothing_beside, r"there is no file .*nowhere\.pt; give a checkpoint"),
         (text_beside, r"odd\.pt cannot be read"),
     ],
 )

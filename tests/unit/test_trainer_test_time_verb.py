@@ -118,6 +118,15 @@ def test_a_score_has_a_metric_and_a_label_of_its_own_and_says_how(
     assert final_line(result, "int6+zlib").startswith("final_int6_zlib_ttt_exact ")
 
 
+def test_a_stream_of_one_chunk_says_that_nothing_is_learnt(work: Path, tmp_path: Path) -> None:
+    positions = _open(work).validation.positions
+    done = _evaluate(work, tmp_path, "--ttt", "sgd", "--ttt-chunk", positions)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith(f"nothing is learnt: all {positions} tokens are one chunk")
+    done = _evaluate(work, tmp_path, "--ttt", "sgd", "--ttt-chunk", positions - 1)
+    assert done.stderr == ""
+
+
 def test_what_is_not_asked_for_is_the_modes_default() -> None:
     assert _settings("sgd").model_dump() == SGD
     assert _settings("lora").model_dump() == LORA
