@@ -116,6 +116,9 @@ class ExportConfig(Section):
         return f"int{self.bits}+zlib"
 
 
+CompileScope = Literal["pass", "layer"]
+
+
 class TrainerSettings(Section):
     """Everything about a run that a spec's `trainer:` section says; seed and limits come from the spec itself.
 
@@ -142,6 +145,10 @@ class TrainerSettings(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(default=None, description="torch.compile; default: on CUDA yes, on CPU no.")
+    compile_scope: CompileScope = Field(
+        default="pass",
+        description="What one graph holds: a whole pass, or a layer, whose graph serves all layers and the loop.",
+    )
     attention_backend: AttentionBackend = Field(
         default="auto", description="Kernel of the attention; auto: on CUDA the fastest of those that are there."
     )

@@ -59,6 +59,7 @@ INFERENCE_MODULES = (
     "trainer.model.input_statistics",
     "trainer.model.norm",
     "trainer.model.recurrence",
+    "trainer.model.regions",
     "trainer.model.smear",
     "trainer.model.stack",
     "trainer.model.varlen_attention",

@@ -7,6 +7,7 @@ first, on random weights that are put back afterwards.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer.config import TrainConfig
+from trainer.config import CompileScope, TrainConfig
 from trainer.data.loader import Batch
 from trainer.interruption import StopRequest
 from trainer.loss_weighting import ByteWeightedLoss
@@ -24,7 +25,8 @@ from trainer.model.head import LossTerms
 from trainer.optim import Optimizers, Orthogonalize, orthogonalize
 from trainer.ranks import ALONE, Ranks
 
-# Two switches, with and without gradients, two batch shapes, and one Newton-Schulz graph per shape of matrix.
+# Two switches, with and without gradients, two batch shapes, and one Newton-Schulz graph per shape of matrix. By layer
+# the kinds of layers take the place of the switches: one or two lanes, exclusive or not, with values or not.
 _GRAPHS = 32
 _WARMUP_STD = 0.05
 
@@ -51,12 +53,13 @@ def build_passes(
     model: GPT,
     *,
     compiled: bool,
+    scope: CompileScope = "pass",
     weighting: ByteWeightedLoss | None = None,
     terms: LossTerms | None = None,
     backend: str = "inductor",
 ) -> Passes:
     """Static shapes and whole graphs, or plain functions. Without a `weighting`, which has terms of its own, the loss
-    is the mean over tokens, with `terms`."""
+    is the mean over tokens, with `terms`. In the scope `layer` it is the model's regions that are compiled."""
     loss: Callable[..., Any] = model.forward
     plain = weighting is None and (terms is None or terms == LossTerms())
     if weighting is not None:
@@ -75,10 +78,16 @@ def build_passes(
     if backend == "inductor":
         _round_divisions()
     compiling = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
-    compiled_loss = compiling(loss)
+    token_losses: Callable[..., Tensor] = model.token_losses
+    if scope == "layer":
+        # Dynamo looks at what a graph is given, and torch warns of looking at the gradient of an activation.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf Tensor")
+        model.regions = model.regions.compiled(compiling)
+    else:
+        loss, token_losses = compiling(loss), compiling(token_losses)
     return Passes(
-        loss=_with_itself(compiled_loss) if plain else compiled_loss,
-        token_losses=compiling(model.token_losses),
+        loss=_with_itself(loss) if plain else loss,
+        token_losses=token_losses,
         iteration=compiling(orthogonalize),
         compiled=True,
     )

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from small_data_set import make_data_set
 from tiny_training import EVERYTHING, PLAIN, Settings, losses, result, run, scores, settings
+from trainer.config import ModelConfig, RecurrenceConfig
+from trainer.model.gpt import GPT
 from trainer.report import Event, ExitCode, Line
-from trainer.warmup import build_passes
+from trainer.warmup import build_passes, compiled_graphs
 
 LOOP = {"first": 0, "last": 0, "start_fraction": 0.25, "gate_fraction": 0.5}
 CASES: dict[str, Settings] = {
@@ -63,6 +66,7 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
     for title, changed in {
         "eager": {},
         "compiled": {"compile": True},
+        "by layer": {"compile": True, "compile_scope": "layer"},
         "unquantised": {"compile": True, "qat": {"enabled": False}},
     }.items():
         code, lines = run(settings(CASES[name], **changed), data, tmp_path / title, capsys)
@@ -74,11 +78,49 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
         assert bool(details(lines, "warm_up")) == compiled
         if title == "eager":
             whole = scores(lines)
-        elif title == "compiled":
+        elif title in {"compiled", "by layer"}:
             for found, wanted in zip(scores(lines), whole, strict=True):
                 assert found == pytest.approx(wanted, rel=1e-3)
             assert [step for step, _ in details(lines, "late_qat")] == [3]
     assert curves["compiled"] == pytest.approx(curves["eager"], rel=1e-3)
+    assert curves["by layer"] == pytest.approx(curves["eager"], rel=1e-3)
     differ = [step for step, loss in curves["compiled"].items() if abs(loss / curves["unquantised"][step] - 1) > 1e-4]
     assert differ
     assert min(differ) == 4  # the first after the switch
+
+
+def graphs_of(config: ModelConfig, *, looped: bool) -> int:
+    """Graphs of a training pass compiled by layer, the loop off and then perhaps on; its gradients are the plain
+    ones."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    rows = torch.randint(config.vocab_size, (2, 9))
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    plain = {active: gradients(model, inputs, targets, active) for active in (False, looped)}
+    before = compiled_graphs()
+    build_passes(model, compiled=True, scope="layer", backend="aot_eager")
+    for active, wanted in plain.items():
+        found = gradients(model, inputs, targets, active)
+        assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
+    return compiled_graphs() - before
+
+
+def gradients(model: GPT, inputs: Tensor, targets: Tensor, looped: bool) -> dict[str, Tensor]:
+    model.zero_grad()
+    model.set_recurrence(looped)
+    model(inputs, targets).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_by_layer_neither_depth_nor_a_loop_takes_more_graphs() -> None:
+    shape = {"vocab_size": 32, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "ln_scale": True}
+    shape |= {"unet_skips": True, "residual_mix": True}
+    shallow = graphs_of(ModelConfig(num_layers=4, xsa_last_layers=4, **shape), looped=False)
+    loop = RecurrenceConfig(first=3, last=4, loops=3, start_fraction=0.5)
+    deep = ModelConfig(num_layers=8, xsa_last_layers=8, recurrence=loop, **shape)
+    assert graphs_of(deep, looped=False) == graphs_of(deep, looped=True) == shallow
+    assert shallow == 6  # the beginning, a layer's matrices, a layer, a skip, the end, and the loss

@@ -58,7 +58,7 @@ class BlockWeights(NamedTuple):
     proj: Tensor
 
 
-Prepare = Callable[[Tensor, str], Tensor]
+Prepare = Callable[[Tensor], Tensor]
 
 
 class Mlp(nn.Module):
@@ -89,6 +89,8 @@ class Block(nn.Module):
     """x + attn_scale * attention(norm(x)), then the same with the MLP; or both at once, in two lanes. Norms carry no
     weights."""
 
+    norm_scale: Tensor
+
     def __init__(self, config: ModelConfig, layer: int, track_inputs: float | None = None) -> None:
         super().__init__()
         dim = config.model_dim
@@ -101,22 +103,20 @@ class Block(nn.Module):
             self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         if config.parallel_from is not None and layer >= config.parallel_from:
             self.lane_weights = nn.Parameter(torch.ones(2, 2))
-        self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        # A tensor, as a number of each layer's own would be a compiled graph of its own.
+        self.ln_scale = config.ln_scale
+        self.register_buffer("norm_scale", torch.tensor(1 / math.sqrt(layer + 1)), persistent=False)
 
-    def prepared_weights(self, prepare: Prepare, prefix: str) -> BlockWeights:
-        """The block's matrices after `prepare(weight, name)`, names being those of the state dict."""
+    def prepared_weights(self, prepare: Prepare) -> BlockWeights:
+        """The block's matrices, each after `prepare`."""
         attn, mlp = self.attn, self.mlp
-        qkv = torch.cat(
-            (
-                prepare(attn.q.weight, f"{prefix}.attn.q.weight"),
-                prepare(attn.k.weight, f"{prefix}.attn.k.weight"),
-                prepare(attn.v.weight, f"{prefix}.attn.v.weight"),
-            )
-        )
         return BlockWeights(
-            attention=AttentionWeights(qkv=qkv, proj=prepare(attn.proj.weight, f"{prefix}.attn.proj.weight")),
-            fc=prepare(mlp.fc.weight, f"{prefix}.mlp.fc.weight"),
-            proj=prepare(mlp.proj.weight, f"{prefix}.mlp.proj.weight"),
+            attention=AttentionWeights(
+                qkv=torch.cat([prepare(part.weight) for part in (attn.q, attn.k, attn.v)]),
+                proj=prepare(attn.proj.weight),
+            ),
+            fc=prepare(mlp.fc.weight),
+            proj=prepare(mlp.proj.weight),
         )
 
     def input_covariances(self, prefix: str) -> dict[str, InputCovariance]:
@@ -154,4 +154,4 @@ class Block(nn.Module):
         )
 
     def _normed(self, x: Tensor) -> Tensor:
-        return rms_norm(x) if self.norm_scale == 1.0 else rms_norm(x) * self.norm_scale
+        return rms_norm(x) * self.norm_scale if self.ln_scale else rms_norm(x)

@@ -26,17 +26,18 @@ from torch.nn import functional
 from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import PassContext, Projection, RopeTables, rope_tables
 from trainer.model.attention_backends import Backend, attention_of, document_ids, segments_of
-from trainer.model.blocks import Block
-from trainer.model.head import PLAIN, LossTerms, mean_loss, objective, row_losses
+from trainer.model.blocks import Block, BlockWeights
+from trainer.model.head import PLAIN, LossTerms
 from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
+from trainer.model.regions import Regions
 from trainer.model.smear import first_tokens, smear
 from trainer.model.stack import Lanes, run_layers
 from trainer.parameters import GATE_WIDTH, parameters
 from trainer.quantization.fake_quant import fake_quantize
 
 if TYPE_CHECKING:
-    from trainer.model.adapters import Adapters
+    from trainer.model.adapters import Adapters, LowRank
 
 _TABLE_POSITIONS = 2048
 
@@ -78,6 +79,8 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", tables.sin, persistent=False)
         self.register_buffer("loop_gate", torch.ones(()), persistent=False)
         self.attention_backend: Backend = "plain"
+        self.regions = Regions(begin=GPT._begin, prepare=GPT._prepare, finish=_finish)
+        """The parts of a pass; compiled ones may take their place."""
         self.recurrence_active = config.recurrence is not None and config.recurrence.start_fraction == 0.0
         self.fake_quant_active = False
         self._initialise()
@@ -145,15 +148,13 @@ class GPT(nn.Module):
             raise ValueError("this GPT was built without export settings: pass ExportConfig to fake-quantise")
         return fake_quantize(weight, self.export.bits, self.export.clip_sigma)
 
-    def _as_trained(self, weight: Tensor, name: str) -> Tensor:
-        """The float32 weight, fake-quantised if that is on."""
-        if self.fake_quant_active and name in self.quantized_names:
-            return self._fake_quantized(weight)
-        return weight
+    def _as_trained(self, weight: Tensor) -> Tensor:
+        """The float32 weight of a table or a matrix, which the exporter quantises; fake-quantised if that is on."""
+        return self._fake_quantized(weight) if self.fake_quant_active else weight
 
-    def _prepared(self, weight: Tensor, name: str) -> Tensor:
+    def _prepared(self, weight: Tensor) -> Tensor:
         """A weight as matrix products take it."""
-        return self._as_trained(weight, name).to(self.compute_dtype)
+        return self._as_trained(weight).to(self.compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -179,11 +180,20 @@ class GPT(nn.Module):
         """(batch, time) -> the projected value embedding (batch, time, kv_dim), if there is one."""
         if self.value_emb is None or self.value_proj is None:
             return None
-        table = self._as_trained(self.value_emb.weight, "value_emb.weight")
+        table = self._as_trained(self.value_emb.weight)
         x = functional.embedding(inputs, table).to(self.compute_dtype)
         if self.value_inputs is not None:
             self.value_inputs.observe(x)
-        return functional.linear(x, self._prepared(self.value_proj.weight, "value_proj.weight"))
+        return functional.linear(x, self._prepared(self.value_proj.weight))
+
+    def _begin(self, inputs: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(batch, time) -> the input embedding, the projected value embedding, if any, and the head's weight."""
+        master = self._as_trained(self.tok_emb.weight)
+        head = master if self.lm_head is None else self._as_trained(self.lm_head.weight)
+        return self._embedded(inputs, master, ids), self._values(inputs), head.to(self.compute_dtype)
+
+    def _prepare(self, block: Block) -> BlockWeights:
+        return block.prepared_weights(self._prepared)
 
     def _hidden(
         self, inputs: Tensor, cu_seqlens: Tensor | None = None, adapters: Adapters | None = None
@@ -193,13 +203,12 @@ class GPT(nn.Module):
         `cu_seqlens` are starts of documents in the flattened rows, see `trainer.model.attention_backends.Segments`;
         without them a document begins with each row and each BOS.
         """
-        config, time = self.config, inputs.shape[1]
+        config, time, regions = self.config, inputs.shape[1], self.regions
         segments = segments_of(inputs, cu_seqlens) if config.document_attention else None
         ids = None if segments is None else segments.ids
         if ids is None and config.smear_gate:
             ids = document_ids(inputs, cu_seqlens)
-        master = self._as_trained(self.tok_emb.weight, "tok_emb.weight")
-        x = self._embedded(inputs, master, ids)
+        x, values, head = regions.begin(self, inputs, ids)
         shared = PassContext(
             tables=self._tables(time, x.dtype),
             attend=attention_of(
@@ -209,15 +218,15 @@ class GPT(nn.Module):
                 device=inputs.device,
             ),
             embedded=x,
-            values=self._values(inputs),
+            values=values,
         )
         blocks = [cast(Block, block) for block in self.blocks]
         # Once per pass, not once per run of a looped layer.
-        weights = [block.prepared_weights(self._prepared, f"blocks.{index}") for index, block in enumerate(blocks)]
+        weights = [regions.prepare(self, block) for block in blocks]
 
         def run_layer(index: int, lanes: Lanes) -> Lanes:
             added = None if adapters is None else adapters.blocks[index]
-            after: Lanes = blocks[index](lanes, weights[index], shared, added)
+            after: Lanes = regions.block(blocks[index], lanes, weights[index], shared, added)
             return after
 
         loop = config.recurrence
@@ -229,12 +238,10 @@ class GPT(nn.Module):
             gate=self.loop_gate.to(x.dtype) if loop is not None and loop.gate_fraction > 0 else None,
             skip_weights=None if self.skip_weights is None else self.skip_weights.to(x.dtype),
             lane_merge=None if self.lane_merge is None else self.lane_merge.to(x.dtype),
+            skipping=regions.with_skip,
+            merging=regions.merged,
         )
-        x = rms_norm(x)
-        if adapters is not None:
-            x = x + adapters.hidden(x)
-        head = master if self.lm_head is None else self._as_trained(self.lm_head.weight, "lm_head.weight")
-        return x.flatten(0, 1), head.to(self.compute_dtype)
+        return regions.finish(x, None if adapters is None else adapters.hidden), head
 
     def token_losses(
         self,
@@ -256,12 +263,12 @@ class GPT(nn.Module):
                 raise ValueError(f"{scored} positions of a window of {inputs.shape[1]}")
             x = x.view(*inputs.shape, -1)[:, -scored:].flatten(0, 1)
             targets = targets[:, -scored:]
-        return row_losses(x, head, targets.flatten(), self.config.logit_softcap).view_as(targets)
+        return self.regions.row_losses(x, head, targets.flatten(), self.config.logit_softcap).view_as(targets)
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, a 0-d float32 tensor."""
         x, head = self._hidden(inputs, cu_seqlens)
-        return mean_loss(x, head, targets.flatten(), self.config.logit_softcap)
+        return self.regions.mean_loss(x, head, targets.flatten(), self.config.logit_softcap)
 
     def train_loss(
         self,
@@ -280,4 +287,10 @@ class GPT(nn.Module):
         x, head = self._hidden(inputs, cu_seqlens)
         row_weights = None if weights is None else weights.flatten()
         cap = self.config.logit_softcap
-        return objective(x, head, targets.flatten(), cap, terms=terms, row_weights=row_weights)
+        return self.regions.objective(x, head, targets.flatten(), cap, terms=terms, row_weights=row_weights)
+
+
+def _finish(x: Tensor, adapter: LowRank | None) -> Tensor:
+    """(batch, time, dim) after the layers -> what the head takes, (batch * time, dim)."""
+    x = rms_norm(x)
+    return (x if adapter is None else x + adapter(x)).flatten(0, 1)

@@ -35,23 +35,27 @@ def run_layers(
     gate: Tensor | None = None,
     skip_weights: Tensor | None = None,
     lane_merge: Tensor | None = None,
+    skipping: Callable[[Lanes, Lanes, Tensor], Lanes] | None = None,
+    merging: Callable[[Lanes, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(batch, time, dim) -> the same shape, after every run of `run_layer(index, lanes)` that the config asks for.
 
     `gate` is 0-d, `skip_weights` (skips, dim), `lane_merge` (1,), all in the dtype of `x`; None where the config has
-    none. Without a gate repeated passes count in full.
+    none. Without a gate repeated passes count in full. `skipping` and `merging` are `with_skip` and `merged`, or what a
+    compiler made of them.
     """
+    skipping, merging = skipping or with_skip, merging or merged
     loop, middle = config.recurrence, config.num_layers // 2
-    lanes: Lanes = (x,)
+    lanes: Lanes = _apart((x,))
     before: Lanes = lanes
     given: dict[int, Lanes] = {}
     for index, repeat in layer_runs(config, looped):
         if index == config.parallel_from and repeat == 0:
-            lanes = lanes * 2
+            lanes = (*_apart(lanes), *_apart(lanes))
         if loop is not None and index == loop.first and repeat:
             before = lanes
         if skip_weights is not None and repeat == 0 and 0 <= index - middle < skip_weights.shape[0]:
-            lanes = _with_skip(lanes, given[2 * middle - 1 - index], skip_weights[index - middle])
+            lanes = skipping(lanes, _apart(given[2 * middle - 1 - index]), skip_weights[index - middle])
         lanes = run_layer(index, lanes)
         output = lanes
         if loop is not None and repeat and gate is not None:
@@ -61,16 +65,24 @@ def run_layers(
                 output = _blended(given[index], lanes, gate)
         if skip_weights is not None and index < middle:
             given[index] = output
-    if lane_merge is None:
-        return lanes[0]
-    attention, mlp = lanes
-    return torch.lerp(mlp, attention, lane_merge)
+    return lanes[0] if lane_merge is None else merging(lanes, lane_merge)
 
 
-def _with_skip(lanes: Lanes, skipped: Lanes, weight: Tensor) -> Lanes:
+def with_skip(lanes: Lanes, skipped: Lanes, weight: Tensor) -> Lanes:
     """Lane by lane, or one lane's output into both."""
     sources = skipped if len(skipped) == len(lanes) else skipped * len(lanes)
     return tuple(torch.addcmul(lane, source, weight) for lane, source in zip(lanes, sources, strict=True))
+
+
+def _apart(lanes: Lanes) -> Lanes:
+    """The same numbers as other objects: two arguments that are one tensor would be a compiled graph of their own."""
+    return tuple(lane.view_as(lane) for lane in lanes)
+
+
+def merged(lanes: Lanes, share: Tensor) -> Tensor:
+    """Two lanes to one, `share` (1,) of it the attention's."""
+    attention, mlp = lanes
+    return torch.lerp(mlp, attention, share)
 
 
 def _blended(before: Lanes, after: Lanes, gate: Tensor) -> Lanes:

@@ -1,0 +1,162 @@
+"""Where a training step's time goes, kernel by kernel, and the two numbers it is held against.
+
+    python -m benchmarks.step_profile [PRESET] [--set model.model_dim=768 ...] [--micro 65536] [--scope layer]
+
+One micro-batch of random tokens and the optimiser, compiled, the loop off and on. First the floor: the operations of
+the pass over the measured matrix rate. Then what the device did over some steps: the time in which it ran any kernel,
+the time in which it ran none, and kernels by kind. On a CPU the operators of torch stand for kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from trainer.attention_choice import choose_backend
+from trainer.config import TrainConfig
+from trainer.devices import choose_device, synchronize
+from trainer.flops import train_flops_per_token
+from trainer.matrix_rate import matrix_rate
+from trainer.model.gpt import GPT
+from trainer.optim import Optimizers
+from trainer.presets import over_preset
+from trainer.warmup import build_passes
+
+_WARM_STEPS, _TIMED_STEPS, _PROFILED_STEPS = 4, 8, 3
+# The first that fits: names of kernels, and of torch's operators for a CPU.
+_KINDS = (
+    ("attention", re.compile(r"attention|flash|fmha|sdpa|cudnn.*(fprop|bprop|sm90_flash)", re.IGNORECASE)),
+    ("matrix products", re.compile(r"gemm|nvjet|cutlass|xmma|cublas|::(add|badd)?b?mm_?$|::linear", re.IGNORECASE)),
+    ("communication", re.compile(r"nccl|gloo", re.IGNORECASE)),
+    ("copies", re.compile(r"memcpy|memset|::copy_|::fill_|::zero_", re.IGNORECASE)),
+    ("optimiser's vectors", re.compile(r"multi_tensor|fused_adam|foreach", re.IGNORECASE)),
+    ("compiled elementwise", re.compile(r"^triton_|CompiledFxGraph|cpp_fused", re.IGNORECASE)),
+)
+
+
+def configuration(preset: str, sets: list[str], micro_tokens: int | None, scope: str) -> TrainConfig:
+    """The preset with `section.key=value` laid over it, values being JSON; a step is one micro-batch."""
+    changes: dict[str, Any] = {"preset": preset, "limits": {"steps": 100}, "compile_scope": scope}
+    for text in sets:
+        path, value = text.split("=", 1)
+        *sections, key = path.split(".")
+        place = changes
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = json.loads(value)
+    if micro_tokens is not None:
+        changes.setdefault("batch", {})["train_batch_tokens"] = micro_tokens
+    return TrainConfig.model_validate(over_preset(changes))
+
+
+def busy_seconds(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals, in the unit they are in."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Of a step: its tokens, and the seconds that its operations take at the measured matrix rate."""
+
+    tokens: int
+    floor_seconds: float
+
+
+def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -> None:
+    for _ in range(_WARM_STEPS):
+        step()
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(_TIMED_STEPS):
+        step()
+    synchronize(device)
+    seconds = (time.perf_counter() - began) / _TIMED_STEPS
+    print(
+        f"  {1e3 * seconds:.1f} ms a step, {work.tokens / seconds:,.0f} tokens/s; floor of the matrix work "
+        f"{1e3 * work.floor_seconds:.1f} ms: MFU {work.floor_seconds / seconds:.1%}"
+    )
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(_PROFILED_STEPS):
+            step()
+        synchronize(device)
+    wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    spans = []
+    for event in profiled.events() or []:
+        if event.device_type != wanted:
+            continue
+        own = event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total
+        if on_cuda:
+            spans.append((event.time_range.start, event.time_range.end))
+        sums[event.name] += own / _PROFILED_STEPS / 1e3
+        counts[event.name] += 1
+    if on_cuda:
+        busy = busy_seconds(spans) / _PROFILED_STEPS / 1e3
+        print(f"  {busy:.1f} ms with a kernel running, {1e3 * seconds - busy:.1f} ms without")
+    kinds: dict[str, float] = defaultdict(float)
+    for name, milliseconds in sums.items():
+        kinds[next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")] += milliseconds
+    for kind, milliseconds in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"  {milliseconds:8.2f} ms  {kind}")
+    for name, milliseconds in sorted(sums.items(), key=lambda item: -item[1])[:top]:
+        print(f"    {milliseconds:8.3f} ms {counts[name] / _PROFILED_STEPS:6.1f}x  {name[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="recommended")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=JSON")
+    parser.add_argument("--micro", type=int, help="tokens of the micro-batch; default: the preset's batch")
+    parser.add_argument("--scope", choices=["layer", "pass"], default="layer")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--top", type=int, default=25)
+    asked = parser.parse_args()
+    config = configuration(asked.preset, asked.set, asked.micro, asked.scope)
+    device = choose_device(asked.device, asked_by="--device")
+    tokens, time_ = config.batch.train_batch_tokens, config.batch.train_seq_len
+    torch.manual_seed(0)
+    model = GPT(config.model, config.export).to(device)
+    model.attention_backend, _ = choose_backend(
+        config.attention_backend, config.model, rows=tokens // time_, time=time_, device=device
+    )
+    passes = build_passes(model, compiled=not asked.eager, scope=config.compile_scope)
+    optimizers = Optimizers(model, config.optimizer, passes.iteration)
+    window = torch.randint(config.model.vocab_size, (tokens // time_, time_ + 1), device=device)
+    inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+    rate = matrix_rate(device)
+
+    def step() -> None:
+        loss, _ = passes.loss(inputs, targets, None)
+        torch.autograd.backward(loss)
+        optimizers.step(0, 1.0)
+
+    print(f"{asked.preset}: {tokens} tokens, {model.attention_backend}, {rate / 1e12:.2f} TFLOP/s measured")
+    for looped in (False, True) if config.model.recurrence is not None else (False,):
+        model.set_recurrence(looped)
+        print("loop on" if looped else "loop off")
+        flops = tokens * train_flops_per_token(config.model, time_, loop_active=looped)
+        tell(step, device, Work(tokens=tokens, floor_seconds=flops / rate), asked.top)
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB reserved")
+
+
+if __name__ == "__main__":
+    main()
