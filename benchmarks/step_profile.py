@@ -44,19 +44,25 @@ _KINDS = (
 )
 
 
-def configuration(preset: str, sets: list[str], micro_tokens: int | None, scope: str) -> TrainConfig:
-    """The preset with `section.key=value` laid over it, values being JSON; a step is one micro-batch."""
-    changes: dict[str, Any] = {"preset": preset, "limits": {"steps": 100}, "compile_scope": scope}
+def laid_over(settings: dict[str, Any], sets: list[str]) -> dict[str, Any]:
+    """`settings` with each `section.key=value` put in its place, values being JSON, and all of it over its preset."""
     for text in sets:
         path, value = text.split("=", 1)
         *sections, key = path.split(".")
-        place = changes
+        place = settings
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = json.loads(value)
+    changed: dict[str, Any] = over_preset(settings)
+    return changed
+
+
+def configuration(preset: str, sets: list[str], micro_tokens: int | None, scope: str) -> TrainConfig:
+    """A step is one micro-batch."""
+    changes: dict[str, Any] = {"preset": preset, "limits": {"steps": 100}, "compile_scope": scope}
     if micro_tokens is not None:
-        changes.setdefault("batch", {})["train_batch_tokens"] = micro_tokens
-    return TrainConfig.model_validate(over_preset(changes))
+        changes["batch"] = {"train_batch_tokens": micro_tokens}
+    return TrainConfig.model_validate(laid_over(changes, sets))
 
 
 def busy_seconds(spans: list[tuple[float, float]]) -> float:
