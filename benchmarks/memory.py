@@ -57,8 +57,10 @@ class Card:
             self._changed.notify_all()
 
 
-def configuration(preset: str, micro_tokens: int) -> TrainConfig:
-    config = TrainConfig.model_validate({"preset": preset, "limits": LimitsConfig(steps=_STEPS)})
+def configuration(preset: str, micro_tokens: int, scope: str) -> TrainConfig:
+    config = TrainConfig.model_validate(
+        {"preset": preset, "limits": LimitsConfig(steps=_STEPS), "compile_scope": scope}
+    )
     loop = config.model.recurrence
     changes = {
         "batch": config.batch.model_copy(update={"micro_batch_tokens": micro_tokens}),
@@ -135,13 +137,14 @@ def main() -> int:
     parser.add_argument("--micro", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--only", nargs="*", default=list(PRESETS), help="Names of presets; default: all.")
     parser.add_argument("--context", type=float, help="GB beyond torch, if they are known; else they are measured.")
+    parser.add_argument("--scope", choices=["pass", "layer"], default="pass", help="Of the compiled graphs.")
     parser.add_argument("--at-once", type=float, default=60.0, help="GB of predictions that run side by side.")
     given = parser.parse_args()
     data = {1024: given.data1024, 4096: given.data4096}
     card = Card(int(given.at_once * 1e9))
 
     def queued(preset: str, micro: int) -> Row:
-        config = configuration(preset, micro)
+        config = configuration(preset, micro, given.scope)
         predicted = peak_memory_bytes(config)
         card.take(predicted)
         try:
@@ -149,7 +152,7 @@ def main() -> int:
         finally:
             card.give(predicted)
 
-    alone = configuration("baseline", 16384)
+    alone = configuration("baseline", 16384, given.scope)
     context = (
         beyond_torch(alone, "baseline", data[alone.model.vocab_size], given.out / "alone")
         if given.context is None
@@ -174,7 +177,7 @@ def main() -> int:
 
 
 def _predicted(kind: tuple[str, int]) -> int:
-    return peak_memory_bytes(configuration(*kind))
+    return peak_memory_bytes(configuration(*kind, scope="pass"))
 
 
 def tell(row: Row, context: int) -> bool:

@@ -113,7 +113,7 @@ class Outcome:
     error: str = ""
 
 
-def configuration(option: Changes, vocab_size: int, device: str) -> TrainConfig:
+def configuration(option: Changes, vocab_size: int, device: str, scope: str) -> TrainConfig:
     """The small model with an option's changes; a preset keeps its options and gives up its size and schedule."""
     small: dict[str, Any] = {
         "limits": {"steps": _STEPS},
@@ -124,6 +124,7 @@ def configuration(option: Changes, vocab_size: int, device: str) -> TrainConfig:
         "log_every_steps": 1,
         "device": device,
         "compile": device == "cuda",
+        "compile_scope": scope,
     }
     if "preset" not in option:
         small["model"]["num_layers"] = 4
@@ -187,6 +188,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--reference", type=Path, help="option_matrix.json of the same on a CPU.")
+    parser.add_argument("--scope", choices=["pass", "layer"], default="pass", help="Of the compiled graphs.")
     parser.add_argument("--workers", type=int, default=6, help="Processes at once.")
     parser.add_argument("--only", nargs="*", help="Names of options; default: all.")
     given = parser.parse_args()
@@ -201,7 +203,12 @@ def main() -> int:
     with ThreadPoolExecutor(given.workers) as pool:
         jobs = {
             pool.submit(
-                run, name, configuration(OPTIONS[name], vocab_size, given.device), given.data, given.out, threads
+                run,
+                name,
+                configuration(OPTIONS[name], vocab_size, given.device, given.scope),
+                given.data,
+                given.out,
+                threads,
             ): name
             for name in names
         }

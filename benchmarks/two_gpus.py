@@ -35,9 +35,12 @@ class Curve:
     result: TrainResult
 
 
-def configuration(preset: str, steps: int, vocab_size: int, micro_tokens: int, small: bool) -> TrainConfig:
+def configuration(
+    preset: str, steps: int, vocab_size: int, micro_tokens: int, *, scope: str, small: bool
+) -> TrainConfig:
     changes: dict[str, object] = {
         "preset": preset,
+        "compile_scope": scope,
         "limits": LimitsConfig(steps=steps).model_dump(),
         "log_every_steps": 1,
         "evaluation": {"every_fraction": 0.25},
@@ -90,13 +93,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--preset", default="recommended")
     parser.add_argument("--micro", type=int, default=32768, help="Tokens per pass of a process, in two of the runs.")
+    parser.add_argument("--scope", choices=["pass", "layer"], default="pass", help="Of the compiled graphs.")
     parser.add_argument("--small", action="store_true", help="A tiny model, to try this script itself.")
     given = parser.parse_args()
     vocab_size = DataSet.load(given.data).manifest.vocab_size
     micro = 256 if given.small else given.micro
 
     def made(tokens: int) -> TrainConfig:
-        return configuration(given.preset, given.steps, vocab_size, tokens, given.small)
+        return configuration(given.preset, given.steps, vocab_size, tokens, scope=given.scope, small=given.small)
 
     one = run(made(micro), given.data, given.out / "one", 1)
     again = run(made(micro), given.data, given.out / "again", 1)
