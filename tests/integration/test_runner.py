@@ -213,7 +213,8 @@ def test_a_later_request_shortens_the_grace_and_names_the_cause(launch: Callable
 
 
 def test_a_suspended_trainer_can_be_stopped(launch: Callable[..., Run]) -> None:
-    run = launch()
+    run = launch(f"print('up', flush=True)\n{SLEEPER}")
+    run.until_said("up")  # suspended between fork and exec it would hold up the runner's start of it
     os.kill(run.until_started(), signal.SIGSTOP)
     run.stop(grace=600.0)
     probe = run.until_over()
