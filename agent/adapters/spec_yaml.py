@@ -128,11 +128,18 @@ def parse_spec(text: str, source: str) -> Spec:
     except ValidationError as error:
         problems = _schema_problems(error, lines)
         raise _spec_error(sorted(problems, key=lambda problem: problem.line), source) from None
-    if spec.log is not None and (problem := _log_problem(spec.log)):
-        text, remedy = problem
-        field = "pattern" if spec.log.format == "regex" else "fields"
-        line = _line_of(lines, ("log", field))
-        raise _spec_error([_Problem(line=line, field=f"log.{field}", text=text, remedy=remedy)], source)
+    # Of specs that arrive, and not of the schema: one that an older version took in must still be read back.
+    for place, problem in (
+        (
+            ("log", "pattern" if spec.log and spec.log.format == "regex" else "fields"),
+            spec.log and _log_problem(spec.log),
+        ),
+        (("resources", "gpus"), _device_problem(spec)),
+    ):
+        if problem:
+            text, remedy = problem
+            line = _line_of(lines, place)
+            raise _spec_error([_Problem(line=line, field=_field_of(place), text=text, remedy=remedy)], source)
     return spec
 
 
@@ -157,6 +164,16 @@ def _schema_problems(error: ValidationError, lines: dict[Place, int]) -> list[_P
             )
         )
     return problems
+
+
+def _device_problem(spec: Spec) -> tuple[str, str] | None:
+    """Why the trainer would leave its cards idle, or see none, and what to do; None if all is well."""
+    gpus, device = spec.resources.gpus, "auto" if spec.trainer is None else spec.trainer.device
+    if device == "cpu" and gpus:
+        return f"{gpus}, but trainer.device is cpu: the cards would stand idle", "leave it out, or set device: auto"
+    if device == "cuda" and gpus == 0:
+        return "0, but trainer.device is cuda: the run would see no GPU", "leave it out, or set device: auto"
+    return None
 
 
 def _log_problem(log: LogSpec) -> tuple[str, str] | None:

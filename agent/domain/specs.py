@@ -126,7 +126,6 @@ class Spec(_Section):
         if self.trainer is not None:
             if self.limits is None:
                 raise ValueError("a trainer spec needs limits: wallclock_seconds, tokens or steps")
-            self._require_its_device(self.trainer.device)
             self._require_a_share_of_the_batch(self.trainer.batch)
             for field in ("log", "track", "working_directory"):
                 if getattr(self, field) is not None:
@@ -137,20 +136,6 @@ class Spec(_Section):
         if self.name in self.after:
             raise ValueError("an experiment cannot wait for itself")
         return self
-
-    def _require_its_device(self, device: str) -> None:
-        """Raise ValueError if the run would be given GPUs that it does not use, or needs one and is given none."""
-        gpus = self.resources.gpus
-        if device == "cpu" and gpus:
-            raise ValueError(
-                f"resources.gpus {gpus} with trainer.device cpu: the cards would stand idle; leave resources.gpus "
-                "out, or set trainer.device to auto"
-            )
-        if device == "cuda" and gpus == 0:
-            raise ValueError(
-                "resources.gpus 0 with trainer.device cuda: the run would see no GPU; leave resources.gpus out, or "
-                "set trainer.device to auto"
-            )
 
     def _require_a_share_of_the_batch(self, batch: BatchConfig) -> None:
         """Raise ValueError unless each GPU gets the same whole number of micro-batches."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ trainer:
   optimizer:
     matrix_lr: 2e-2
 """
+TRAINER = "name: model\nlimits: {steps: 5}\n"
 COMMAND = "name: cmd\ncommand: [python, train.py]\n"
 
 
@@ -88,6 +91,8 @@ def test_what_the_schema_dumps_is_read_back_equal() -> None:
         (COMMAND + 'hypothesis: "\x07"\n', 3, "", "character", "remove"),
         (COMMAND + "priority: 2024-13-45\n", 3, "priority", "looks like a number or date", "quotes"),
         (COMMAND + f"priority: {'9' * 5000}\n", 3, "priority", "looks like a number", "quotes"),
+        (TRAINER + "resources:\n  gpus: 2\ntrainer: {device: cpu}\n", 4, "resources.gpus", "stand idle", "leave it"),
+        (TRAINER + "resources: {gpus: 0}\ntrainer: {device: cuda}\n", 3, "resources.gpus", "see no GPU", "leave it"),
     ],
 )
 def test_refusals_name_line_field_and_remedy(text: str, line: int, field: str, problem: str, remedy: str) -> None:
@@ -96,6 +101,12 @@ def test_refusals_name_line_field_and_remedy(text: str, line: int, field: str, p
     assert problem in error.problem
     assert remedy in error.remedy
     assert bool(error.remedy) == bool(remedy)
+
+
+def test_what_an_older_version_took_in_is_read_back() -> None:
+    """The ledger keeps specs for ever: what is refused on arrival alone must not keep it from being read."""
+    taken = yaml.safe_load(TRAINER + "resources: {gpus: 2}\ntrainer: {device: cpu}\n")
+    assert Spec.model_validate_json(json.dumps(taken)).processes == 2
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
