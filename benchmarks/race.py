@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,18 @@ from typing import Any
 from benchmarks.step_profile import laid_over
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
-from trainer.report import EvaluateResult, Event, ExitCode, TrainPoint, TrainResult, ValPoint, parse_line, read_result
+from trainer.durable import sha256_of
+from trainer.report import (
+    EvaluateResult,
+    Event,
+    ExitCode,
+    Header,
+    TrainPoint,
+    TrainResult,
+    ValPoint,
+    parse_line,
+    read_result,
+)
 from trainer.results import ExportResult
 
 _LAST_SHARE = 0.05
@@ -37,6 +49,7 @@ _LAST_SHARE = 0.05
 class Run:
     """What one run says of itself."""
 
+    header: Header
     result: TrainResult
     train: list[TrainPoint]
     validations: list[ValPoint]
@@ -51,8 +64,9 @@ class Run:
 
     def tokens_per_second(self, *, looped: bool) -> float | None:
         """The median of what was logged on that side of the loop's switch, its first steps left out."""
-        switch = self.loop_step if self.loop_step is not None else self.result.steps + 1
-        rates = [p.tokens_per_second for p in self.train if p.step > 10 and (p.step > switch + 10) == looped]
+        switch = self.loop_step if self.loop_step is not None else self.result.steps
+        first, last = (switch, self.result.steps) if looped else (0, switch)
+        rates = [p.tokens_per_second for p in self.train if first + 10 < p.step <= last]
         found = [rate for rate in rates if rate is not None]
         return median(found) if found else None
 
@@ -70,9 +84,23 @@ def verb(folder: Path, *arguments: object, processes: int = 1) -> str:
 
 
 def prepared(train: Path, val: Path, folder: Path, vocab_size: int) -> Path:
-    if not (folder / "manifest.json").exists():
+    """The data set of these files, made anew unless it is there."""
+    files = json.dumps([[file.name, sha256_of(file)] for file in (train, val)])
+    said = folder / "race_files.json"
+    if not said.exists() or said.read_text() != files:
+        shutil.rmtree(folder, ignore_errors=True)
         verb(folder.parent, "data", "prepare", train, "--val-file", val, "--out", folder, "--vocab-size", vocab_size)
+        said.write_text(files)
     return folder
+
+
+def keep_curve(path: Path, name: str, run: Run) -> None:
+    """In the place of an earlier one of this name and seed."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    seed = run.header.config.seed
+    curve = [(point.elapsed_seconds, point.val_bpb) for point in run.validations]
+    kept = [line for line in lines if (line["name"], line["seed"]) != (name, seed)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, {"name": name, "seed": seed, "curve": curve}]))
 
 
 def configuration(asked: argparse.Namespace, seed: int) -> TrainConfig:
@@ -97,6 +125,7 @@ def trained(config: TrainConfig, data: Path, folder: Path, processes: int) -> Ru
     assert isinstance(result, TrainResult)
     switched = [line.step for line in lines if isinstance(line, Event) and line.kind == "layer_loop"]
     return Run(
+        header=next(line for line in lines if isinstance(line, Header)),
         result=result,
         train=[line for line in lines if isinstance(line, TrainPoint)],
         validations=[line for line in lines if isinstance(line, ValPoint)],
@@ -159,9 +188,7 @@ def main() -> None:
         run = trained(config, data, folder, asked.processes)
         tell(f"{name}@{seed}", run, exported(folder, data) if asked.export else None)
         scores.append(run.result.val_bpb)
-        curve = [(point.elapsed_seconds, point.val_bpb) for point in run.validations]
-        with (asked.out / "curves.jsonl").open("a") as lines:
-            lines.write(json.dumps({"name": name, "seed": seed, "curve": curve}) + "\n")
+        keep_curve(asked.out / "curves.jsonl", name, run)
     if len(scores) > 1:
         print(f"{name}: raw {fmean(scores):.4f}, sd {stdev(scores):.4f} over {len(scores)} seeds")
 

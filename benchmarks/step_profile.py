@@ -98,15 +98,17 @@ def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiled:
+        began = time.perf_counter()
         for _ in range(_PROFILED_STEPS):
             step()
         synchronize(device)
+        watched = (time.perf_counter() - began) / _PROFILED_STEPS
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     spans = []
     for event in profiled.events() or []:
-        if event.device_type != wanted:
+        if event.device_type != wanted or event.is_user_annotation:  # the span of something, and not a kernel
             continue
         own = event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total
         if on_cuda:
@@ -115,7 +117,7 @@ def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -
         counts[event.name] += 1
     if on_cuda:
         busy = busy_seconds(spans) / _PROFILED_STEPS / 1e3
-        print(f"  {busy:.1f} ms with a kernel running, {1e3 * seconds - busy:.1f} ms without")
+        print(f"  watched {1e3 * watched:.1f} ms a step: {busy:.1f} ms with a kernel running, the rest without")
     kinds: dict[str, float] = defaultdict(float)
     for name, milliseconds in sums.items():
         kinds[next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")] += milliseconds

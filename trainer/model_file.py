@@ -27,6 +27,8 @@ from trainer.errors import InputError
 from trainer.model.gpt import GPT
 
 MODEL_FORMAT = "caddie-model-2"
+_KINDS = {"caddie-checkpoint": "checkpoint (step_NNNNNNNN.pt)", "caddie-model": "model.pt"}
+"""What files are called, by how their formats begin."""
 
 # Whatever zipfile and torch raise on bytes that are not theirs.
 _READ_ERRORS = (
@@ -171,13 +173,13 @@ def load_whole(path: Path, *expected: str) -> dict[str, Any]:
 
     Raises OSError, or CheckpointError for a file that is not there, damaged, or of another kind.
     """
+    wanted = " or ".join(
+        name for kind, name in _KINDS.items() if not expected or any(given.startswith(kind) for given in expected)
+    )
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}; give a checkpoint (step_NNNNNNNN.pt) or a model.pt of a run")
+        raise CheckpointError(f"there is no file {path}; give a {wanted} of a run")
     if is_artifact(path):
-        raise CheckpointError(
-            f"{path} is an exported artifact, whose weights are rounded; give the model.pt that it was made from, or "
-            "a checkpoint of its run"
-        )
+        raise CheckpointError(f"{path} is an exported artifact, whose weights are rounded; give a {wanted} of its run")
     with path.open("rb") as stream:
         try:
             _require_intact(stream)

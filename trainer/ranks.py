@@ -85,18 +85,21 @@ class Ranks:
                 f"rank {self.rank} of {self.world_size} cannot meet the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
             ) from error
+        try:
+            self._require_one_backend(backend)
+            yield
+        except BaseException:
+            time.sleep(_LETTING_GO_SECONDS)
+            raise
+        distributed.destroy_process_group()
+
+    def _require_one_backend(self, backend: str) -> None:
         (with_nccl,) = self.sum_float64([float(backend == _GLOO_AND_NCCL)])
         if with_nccl not in {0.0, float(self.world_size)}:
             raise RanksError(
                 f"{with_nccl:.0f} of {self.world_size} processes have a GPU of their own; start as many on each "
                 "machine as it has GPUs, or set the configuration's device to cpu"
             )
-        try:
-            yield
-        except BaseException:
-            time.sleep(_LETTING_GO_SECONDS)
-            raise
-        distributed.destroy_process_group()
 
     def local_world_size(self) -> int:
         """Processes on this machine, as torchrun says; where nobody does, all of them."""

@@ -88,6 +88,8 @@ class Scoring:
     def open(cls, request: ScoringRequest, ranks: Ranks = ALONE) -> Scoring:
         """Read the files and lay the windows. Raises OSError or InputError."""
         began = time.monotonic()
+        if not request.source.is_file():
+            raise InputError(f"there is no file {request.source}; give an artifact, or a model.pt of a run")
         dataset = DataSet.load(request.data)
         digest = sha256_of(request.source)
         device = choose_device(request.device, asked_by="--device", local_rank=ranks.local_rank)
@@ -160,16 +162,16 @@ class Scoring:
         observers: tuple[OnScored, ...] = (RemainingTime(self.device, say), *on_scored)
         if self.adaptation is not None and self.adaptation.mode == "lora":
             return self._score_documents(self.adaptation, observers)
-        if self.adaptation is not None and self.adaptation.chunk_tokens >= self.plan.scored:
-            say(
-                f"nothing is learnt: all {self.plan.scored} tokens are one chunk, which is scored before it is learnt "
-                "from; give a smaller --ttt-chunk"
-            )
         with put_back(self.model) if self.adaptation else nullcontext():
             batch_tokens = self.batch_tokens
             if self.adaptation is not None:
                 training = self._training(self.adaptation)
                 batch_tokens, observers = training.batch_tokens, (*observers, training)
+                if not training.learns:
+                    say(
+                        f"nothing is learnt: all {self.plan.scored} tokens are one chunk, and nothing follows it; give "
+                        "a smaller --ttt-chunk"
+                    )
             token_losses = self._compiled_losses(batch_tokens) if self.compiled else self.model.token_losses
             started = time.monotonic()
             result = score(

@@ -54,6 +54,7 @@ class _Member:
     config: TrainConfig
     recurrence_active: bool
     recorded: Validation | None
+    averaging: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +130,7 @@ def average(files: Sequence[Path], data: Path, out: Path, soup: Soup, *, say: Ca
         first.config,
         tokenizer_sha256=manifest.tokenizer.sha256,
         val_sha256=manifest.val_sha256,
-        averaging="soup",
+        averaging=_kind(members, shares),
     )
     return AverageResult(
         method=soup.method,
@@ -150,6 +151,12 @@ def average(files: Sequence[Path], data: Path, out: Path, soup: Soup, *, say: Ca
             for member, loss, share in zip(members, losses, shares, strict=True)
         ),
     )
+
+
+def _kind(members: Sequence[_Member], shares: Sequence[float]) -> str | None:
+    """What the average is: a greedy soup may have kept one file, whose very weights it is then."""
+    kept = [member for member, share in zip(members, shares, strict=True) if share > 0]
+    return kept[0].averaging if len(kept) == 1 else "soup"
 
 
 def shares_of(losses: Sequence[float], temperature: float | None) -> list[float]:
@@ -197,6 +204,7 @@ def _read(path: Path, dataset: DataSet) -> tuple[_Member, State]:
             config=saved.config,
             recurrence_active=saved.model.recurrence_active,
             recorded=saved.validation,
+            averaging=saved.averaging,
         )
         return member, state
     checkpoint = checkpoint_of(path, content)

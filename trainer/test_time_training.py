@@ -72,6 +72,11 @@ class StreamTraining:
         self._weights = _moved(model, settings.moved or "all")
         self._optimizer = torch.optim.SGD(self._weights, lr=settings.lr, momentum=settings.momentum or 0.0)
 
+    @property
+    def learns(self) -> bool:
+        """Whether any chunk is trained on: the last one is not, and it may be the only one."""
+        return bool(self._updates)
+
     def __call__(self, batch: ScoredBatch) -> None:
         """Train on the chunk that this batch completes, if it completes one."""
         scored_to = self._updates.get(batch.number)

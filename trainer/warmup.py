@@ -27,7 +27,7 @@ from trainer.ranks import ALONE, Ranks
 
 # Two switches, with and without gradients, two batch shapes, and one Newton-Schulz graph per shape of matrix. By layer
 # the kinds of layers take the place of the switches: one or two lanes, exclusive or not, with values or not.
-_GRAPHS = 32
+_GRAPHS = 64
 _WARMUP_STD = 0.05
 
 

@@ -104,16 +104,16 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_missing_file_is_named_with_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no file .*model\.pt; give a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"there is no file .*model\.pt; give a model\.pt of a run"):
         load_model(tmp_path / "model.pt", "cpu")
-    with pytest.raises(CheckpointError, match=r"there is no file .*step_1\.pt; give a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no file .*step_1\.pt; give a checkpoint \(step_N*\.pt\) of a run"):
         find_checkpoint(str(tmp_path / "step_1.pt"), tmp_path, CONFIG)
 
 
 def test_an_artifact_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "model.caddie"
     path.write_bytes(MAGIC + bytes(50))
-    with pytest.raises(CheckpointError, match=r"model\.caddie is an exported artifact, .* give the model\.pt"):
+    with pytest.raises(CheckpointError, match=r"model\.caddie is an exported artifact, .* give a checkpoint \("):
         find_checkpoint(str(path), tmp_path, CONFIG)
     path.write_bytes(MAGIC[:-1] + b"\xff")
     assert is_artifact(path)

@@ -302,6 +302,21 @@ def test_a_greedy_soup_never_compares_with_recorded_losses(tmp_path: Path, datas
     result = soup(files, dataset, tmp_path / "out", [].append, method="greedy")
     assert [member.share for member in result.members] == [0.5, 0.5]
     assert [member.val_loss for member in result.members] == [0.001, 0.002]
+    assert load_model(Path(result.model_path), "cpu").averaging == "soup"
+
+
+@pytest.mark.parametrize("averaging", [None, "ema"])
+def test_a_greedy_soup_of_one_is_what_that_one_is(
+    tmp_path: Path, dataset: DataSet, trained: State, averaging: str | None
+) -> None:
+    model, manifest = GPT(CONFIG.model), dataset.manifest
+    model.load_state_dict(trained)
+    hashes = {"tokenizer_sha256": manifest.tokenizer.sha256, "val_sha256": manifest.val_sha256}
+    save_model(tmp_path / "best.pt", model, CONFIG, averaging=averaging, **hashes)
+    worse = saved(tmp_path / "worse.pt", moved(trained, noise(3, 0.3), 1.0), dataset)
+    result = soup([worse, tmp_path / "best.pt"], dataset, tmp_path / "out", [].append, method="greedy")
+    assert [member.share for member in result.members] == [0.0, 1.0]
+    assert load_model(Path(result.model_path), "cpu").averaging == averaging
 
 
 @pytest.mark.parametrize("odd", ["one has none", "other windows", "not finite"])

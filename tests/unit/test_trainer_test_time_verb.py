@@ -118,13 +118,28 @@ def test_a_score_has_a_metric_and_a_label_of_its_own_and_says_how(
     assert final_line(result, "int6+zlib").startswith("final_int6_zlib_ttt_exact ")
 
 
+def scoring_of(work: Path, options: list[object]) -> EvaluateResult:
+    """The same windows without test-time training."""
+    return _score(work, stride=options[options.index("--stride") + 1] if "--stride" in options else None)
+
+
 def test_a_stream_of_one_chunk_says_that_nothing_is_learnt(work: Path, tmp_path: Path) -> None:
-    positions = _open(work).validation.positions
-    done = _evaluate(work, tmp_path, "--ttt", "sgd", "--ttt-chunk", positions)
-    assert done.exit_code == 0, done.output
-    assert done.stderr.startswith(f"nothing is learnt: all {positions} tokens are one chunk")
-    done = _evaluate(work, tmp_path, "--ttt", "sgd", "--ttt-chunk", positions - 1)
-    assert done.stderr == ""
+    """A chunk is whole windows: what the last one leaves is one more, and a first sliding window is one by itself."""
+    scoring = _open(work)
+    positions, window = scoring.validation.positions, 32
+    whole = -(-positions // window) * window
+    for options, learns in (
+        (["--ttt-chunk", whole], False),
+        (["--ttt-chunk", whole - 1], True),
+        (["--ttt-chunk", whole, "--stride", 16], True),
+    ):
+        done = _evaluate(work, tmp_path, "--ttt", "sgd", *options)
+        assert done.exit_code == 0, done.output
+        changed = abs(_result(tmp_path).val_loss - scoring_of(work, options).val_loss) > 1e-6
+        assert changed == learns
+        told = "" if learns else f"nothing is learnt: all {positions} tokens are one chunk"
+        assert done.stderr.startswith(told)
+        assert bool(done.stderr) != learns
 
 
 def test_what_is_not_asked_for_is_the_modes_default() -> None:

@@ -154,4 +154,7 @@ class Block(nn.Module):
         )
 
     def _normed(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.norm_scale if self.ln_scale else rms_norm(x)
+        if not self.ln_scale:
+            return rms_norm(x)
+        # In float32: eager CUDA would round the scale itself to bfloat16 first, a compiled pass would not.
+        return (rms_norm(x).float() * self.norm_scale).to(x.dtype)
