@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.race import verb
 from trainer.config import LimitsConfig, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.presets import PRESETS
-from trainer.report import ExitCode, TrainPoint, TrainResult, parse_line, read_result
+from trainer.report import TrainPoint, TrainResult, parse_line, read_result
 
 _MULTIPLE = 3.0
 _WARM_STEPS = 10
@@ -59,17 +59,9 @@ def configuration(
 def run(config: TrainConfig, data: Path, folder: Path, processes: int) -> Curve:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.to_json())
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "trainer", "train"]
-    done = subprocess.run(  # noqa: PLW1510 - its output says why
-        [*command, str(folder / "config.json"), "--data", str(data), "--out", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    if done.returncode != ExitCode.OK:
-        sys.exit(f"exit {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
-    points = [line for line in map(parse_line, done.stdout.splitlines()) if isinstance(line, TrainPoint)]
+    arguments = ["train", folder / "config.json", "--data", data, "--out", folder]
+    said = verb(folder, *arguments, processes=processes)
+    points = [line for line in map(parse_line, said.splitlines()) if isinstance(line, TrainPoint)]
     result = read_result(folder / "result.json")
     assert isinstance(result, TrainResult)
     rates = [point.tokens_per_second or 0.0 for point in points[min(_WARM_STEPS, len(points) - 1) :]]

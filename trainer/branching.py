@@ -27,6 +27,15 @@ from trainer.errors import InputError
 from trainer.model_file import MODEL_FORMAT, SavedModel, load_whole, model_of
 from trainer.report import Event
 
+_BEGINNING: dict[str, Any] = {
+    "step": 0,
+    "tokens": 0,
+    "training_seconds": 0.0,
+    "wall_seconds": 0.0,
+    "evaluations_due": 0,
+    "evaluation_pending": False,
+}
+
 
 def load_branch(path: Path, config: TrainConfig, dataset: DataSet) -> Checkpoint:
     """A checkpoint at step 0 of `config` with another run's weights; from a model file its optimisers and its place
@@ -46,12 +55,7 @@ def load_branch(path: Path, config: TrainConfig, dataset: DataSet) -> Checkpoint
     return replace(
         origin,
         config=config.to_json(),
-        step=0,
-        tokens=0,
-        training_seconds=0.0,
-        wall_seconds=0.0,
-        evaluations_due=0,
-        evaluation_pending=False,
+        **_BEGINNING,
         fake_quant_active=origin.fake_quant_active and config.qat.enabled,
         loader=origin.loader if theirs == ours else {},
         data_wait_seconds=0.0,
@@ -86,12 +90,7 @@ def _of_model_file(saved: SavedModel, config: TrainConfig, dataset: DataSet, dig
     saved.require_data(dataset)
     return Checkpoint(
         config=config.to_json(),
-        step=0,
-        tokens=0,
-        training_seconds=0.0,
-        wall_seconds=0.0,
-        evaluations_due=0,
-        evaluation_pending=False,
+        **_BEGINNING,
         recurrence_active=saved.model.recurrence_active,
         fake_quant_active=False,
         val_sha256=dataset.manifest.val_sha256,

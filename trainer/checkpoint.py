@@ -10,11 +10,12 @@ from typing import Any, get_origin, get_type_hints
 from torch import Tensor
 
 from trainer.config import TrainConfig
-from trainer.model_file import CheckpointError, load_whole, require_shapes, save_whole
+from trainer.model_file import CheckpointError, keep_newest, load_whole, newest_first, require_shapes, save_whole
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "caddie-checkpoint-2"
+_PATTERN = "step_*.pt"
 
 
 class OtherConfigurationError(CheckpointError):
@@ -63,9 +64,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -
     path = directory / checkpoint_name(checkpoint.step)
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     save_whole(path, {"format": CHECKPOINT_FORMAT, **content})
-    others = [other for other in newest_first(directory) if other != path]
-    for old in others[max(keep, 1) - 1 :]:
-        old.unlink(missing_ok=True)
+    keep_newest(path, _PATTERN, keep)
     return path
 
 
@@ -96,9 +95,9 @@ def checkpoint_of(path: Path, data: dict[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def newest_first(directory: Path) -> list[Path]:
-    """Checkpoints in a folder by the time they were written (a restarted run may begin again at a lower step)."""
-    return sorted(directory.glob("step_*.pt"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The newest first."""
+    return newest_first(directory, _PATTERN)
 
 
 def find_checkpoint(resume: str | None, directory: Path, config: TrainConfig) -> Checkpoint | None:
@@ -113,7 +112,7 @@ def find_checkpoint(resume: str | None, directory: Path, config: TrainConfig) ->
         checkpoint = load_checkpoint(Path(resume))
         _check_same_config(Path(resume), checkpoint, config)
         return checkpoint
-    for path in newest_first(directory):
+    for path in checkpoints_in(directory):
         try:
             checkpoint = load_checkpoint(path)
         except OtherConfigurationError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trainer.branching import branch_event, load_branch, require_same_data
-from trainer.checkpoint import Checkpoint, checkpoint_name, find_checkpoint, newest_first
+from trainer.checkpoint import Checkpoint, checkpoint_name, checkpoints_in, find_checkpoint
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device, is_out_of_memory
@@ -137,7 +137,7 @@ class _Attempt:
         # Finite weights may be what gave the loss that is not: a branch of theirs would begin with it.
         gave = {"training loss not finite": error.step - 1, "validation loss not finite": error.step}.get(error.what)
         if gave is not None and last == checkpoint_name(gave):
-            others = [path.name for path in newest_first(checkpoints) if path.name != last]
+            others = [path.name for path in checkpoints_in(checkpoints) if path.name != last]
             if not others:
                 return f"{last} leads to the same: lower the learning rates or clip gradients, and start anew"
             last = others[0]

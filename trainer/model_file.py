@@ -168,6 +168,18 @@ def save_whole(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+def newest_first(directory: Path, pattern: str) -> list[Path]:
+    """Files by the time they were written: a run that was started anew may begin again at a lower step."""
+    return sorted(directory.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def keep_newest(written: Path, pattern: str, keep: int) -> None:
+    """Remove all but the newest `keep` files of a pattern beside the one just written, which always stays."""
+    others = [other for other in newest_first(written.parent, pattern) if other != written]
+    for old in others[max(keep, 1) - 1 :]:
+        old.unlink(missing_ok=True)
+
+
 def load_whole(path: Path, *expected: str) -> dict[str, Any]:
     """Read onto the CPU what `save_whole` wrote, its `format` being one of `expected` if there are any.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,12 +85,11 @@ class Ranks:
                 f"rank {self.rank} of {self.world_size} cannot meet the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
             ) from error
-        try:
+        with ExitStack() as after_an_error:
+            after_an_error.callback(time.sleep, _LETTING_GO_SECONDS)
             self._require_one_backend(backend)
             yield
-        except BaseException:
-            time.sleep(_LETTING_GO_SECONDS)
-            raise
+            after_an_error.pop_all()
         distributed.destroy_process_group()
 
     def _require_one_backend(self, backend: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config import TrainConfig
 from trainer.model.gpt import GPT
-from trainer.model_file import Validation, save_model
+from trainer.model_file import Validation, keep_newest, save_model
 
 
 def keep_snapshot(
@@ -35,9 +35,5 @@ def keep_snapshot(
         val_sha256=val_sha256,
         validation=Validation(step=step, val_loss=val_loss, val_bpb=val_bpb),
     )
-    # By the time of writing: a run that was started anew begins again at a lower step.
-    others = [other for other in directory.glob("snapshot_*.pt") if other != path]
-    others.sort(key=lambda other: (other.stat().st_mtime_ns, other.name), reverse=True)
-    for old in others[max(keep, 1) - 1 :]:
-        old.unlink(missing_ok=True)
+    keep_newest(path, "snapshot_*.pt", keep)
     return path

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from two_processes import torchrun
 
 from small_data_set import make_data_set, make_model
 from trainer.report import EvaluateResult, read_result
 from trainer.scoring import Scoring, ScoringRequest
-
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 # Both parts in one pair of processes: equal losses must add up equally to 1e-9, a model's scores to 1e-6.
 PROGRAM = """
@@ -79,16 +74,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200, env=environment)
-
-
 def test_one_and_two_processes_agree_whatever_the_batch(work: Path) -> None:
     script = work / "agreement.py"
     script.write_text(PROGRAM)
-    done = _torchrun(script, work / "model.pt", work / "data")
+    done = torchrun(script, work / "model.pt", work / "data")
     assert done.returncode == 0, done.stderr
     reduced, whole = json.loads(done.stdout.splitlines()[-1])
     for scores in reduced:
@@ -101,7 +90,7 @@ def test_one_and_two_processes_agree_whatever_the_batch(work: Path) -> None:
 def test_the_verb_under_torchrun_writes_one_result_and_one_line(work: Path) -> None:
     out = work / "out"
     options = ["--data", work / "data", "--out", out, "--device", "cpu", "--stride", 8]
-    done = _torchrun("-m", "trainer", "evaluate", work / "model.pt", *options)
+    done = torchrun("-m", "trainer", "evaluate", work / "model.pt", *options)
     assert done.returncode == 0, done.stderr
     result = read_result(out / "result.json")
     assert isinstance(result, EvaluateResult)
@@ -117,5 +106,5 @@ def test_the_verb_under_torchrun_writes_one_result_and_one_line(work: Path) -> N
 def test_a_process_that_is_gone_is_an_error_and_not_a_hang(work: Path) -> None:
     script = work / "lost.py"
     script.write_text(LOST)
-    done = _torchrun(script)
+    done = torchrun(script)
     assert "rank 0 of 2 lost another one while adding up" in done.stdout, done.stderr

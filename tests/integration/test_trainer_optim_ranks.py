@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+from two_processes import torchrun
 
 # Three layers make odd batches of matrices, which must be filled up. Together: one pass over both halves' rows, so
 # that the input covariances are the mean of the two ranks' as well. Every phase begins with new objects.
@@ -125,16 +120,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200, env=environment)
-
-
 def test_two_processes_step_as_one_does_and_hand_over_to_each_other(tmp_path: Path) -> None:
     script = tmp_path / "steps.py"
     script.write_text(PROGRAM)
-    done = _torchrun(script, json.dumps(CONFIGURATIONS))
+    done = torchrun(script, json.dumps(CONFIGURATIONS))
     assert done.returncode == 0, done.stderr
     found, agreeing, parted = json.loads(done.stdout.splitlines()[-1])
     for name in CONFIGURATIONS:
@@ -154,6 +143,6 @@ def test_two_processes_step_as_one_does_and_hand_over_to_each_other(tmp_path: Pa
 def test_a_process_that_is_gone_is_named_by_every_collective(tmp_path: Path) -> None:
     script = tmp_path / "lost.py"
     script.write_text(LOST)
-    done = _torchrun(script)
+    done = torchrun(script)
     for name in ("first_says", "mean_", "mean_shard", "all_shards"):
         assert f"{name} rank 0 of 2 lost another one while" in done.stdout, done.stderr

@@ -15,7 +15,7 @@ import torch
 
 from small_data_set import make_data_set
 from tiny_training import EVERYTHING, PLAIN, Settings, losses, result, run, same_weights, scores, settings, stop_at_step
-from trainer.checkpoint import load_checkpoint, newest_first
+from trainer.checkpoint import checkpoints_in, load_checkpoint
 from trainer.config import TrainConfig
 from trainer.report import Event, ExitCode, FinalPoint, Header, Line, TrainPoint
 
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_from_its_last_periodic_checkpoint_and_a_finished_o
 ) -> None:
     config = settings(EVERYTHING, checkpoint_seconds=1e-9)
     _, whole = run(config, data, tmp_path / "whole", capsys)
-    kept = newest_first(tmp_path / "whole" / "checkpoints")
+    kept = checkpoints_in(tmp_path / "whole" / "checkpoints")
     assert [load_checkpoint(path).step for path in kept] == [8, 7]
     snapshots = Path("snapshots")
     for checkpoint, out in zip(kept, ("again", "on"), strict=True):

@@ -19,7 +19,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from two_processes import ROOT, TORCHRUN
 
 from agent.adapters.run_orders import build_order, run_directory, trial_directory
 from agent.domain.actions import Assignment, Launch
@@ -49,12 +49,10 @@ from tiny_training import (
     stop_at_step,
     weights,
 )
-from trainer.checkpoint import newest_first
+from trainer.checkpoint import checkpoints_in
 from trainer.config import TrainConfig
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = 1e-4
 
 CURVES: dict[str, TrainConfig] = {
@@ -314,7 +312,7 @@ def test_torchrun_that_is_told_to_end_leaves_a_checkpoint_from_which_one_or_two_
     assert 2 <= step < LONG["limits"]["steps"]
     assert events(first) == [("checkpoint", step), ("interrupted", step)]
     checkpoints = tmp_path / trial_directory(long_trial) / "checkpoints"
-    assert len(newest_first(checkpoints)) == 1
+    assert len(checkpoints_in(checkpoints)) == 1
 
     shutil.copytree(checkpoints, tmp_path / "one" / "checkpoints")
     code, gone_on = run(config, data, tmp_path / "one", capsys, resume="auto")

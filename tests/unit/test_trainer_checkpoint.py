@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from trainer.artifact import MAGIC, is_artifact
 from trainer.checkpoint import (
     Checkpoint,
+    checkpoints_in,
     find_checkpoint,
     load_checkpoint,
-    newest_first,
     save_checkpoint,
 )
 from trainer.config import LimitsConfig, ModelConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
@@ -145,9 +145,9 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
 def test_the_last_two_are_kept_and_the_one_just_written_always(tmp_path: Path) -> None:
     for second, step in enumerate((500, 600, 700), start=1):  # an older run got further
         written(tmp_path, step, second)
-    assert [path.name for path in newest_first(tmp_path)] == ["step_00000700.pt", "step_00000600.pt"]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_00000700.pt", "step_00000600.pt"]
     written(tmp_path, 10, 4)
-    assert [path.name for path in newest_first(tmp_path)] == ["step_00000010.pt", "step_00000700.pt"]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_00000010.pt", "step_00000700.pt"]
 
 
 def test_auto_takes_the_newest_that_can_be_read(tmp_path: Path) -> None:

@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluate_verb import evaluate, result_in, small_work
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from small_data_set import make_data_set, make_model
 from trainer.__main__ import app
 from trainer.artifact import MAGIC
 from trainer.evaluation import ScoredBatch, ValidationStream
 from trainer.model.gpt import GPT
 from trainer.model_file import load_model, save_model
 from trainer.ranks import Ranks, RanksError
-from trainer.report import EvaluateResult, parse_line, read_result
+from trainer.report import parse_line
 from trainer.scoring import RemainingTime, Scoring, ScoringRequest
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate")
-    make_model(folder / "model.pt", make_data_set(folder / "data"))
-    return folder
-
-
-def _evaluate(work: Path, out: Path, *options: object) -> Result:
-    command = ["evaluate", work / "model.pt", "--data", work / "data", "--out", out, "--device", "cpu", *options]
-    return CliRunner().invoke(app, [str(argument) for argument in command])
-
-
-def _result(out: Path) -> EvaluateResult:
-    result = read_result(out / "result.json")
-    assert isinstance(result, EvaluateResult)
-    return result
+    return small_work(tmp_path_factory.mktemp("evaluate"))
 
 
 def test_a_plain_score_says_so(work: Path, tmp_path: Path) -> None:
-    done = _evaluate(work, tmp_path)
+    done = evaluate(work, tmp_path)
     assert done.exit_code == 0, done.output
-    result = _result(tmp_path)
+    result = result_in(tmp_path)
     assert (result.metric, result.context, result.stride, result.world_size) == ("plain", 32, None, 1)
     assert result.peak_memory_bytes is None
     assert result.scoring_seconds is not None
@@ -61,7 +49,7 @@ def test_an_averaged_model_has_a_label_of_its_own(work: Path, tmp_path: Path) ->
         app, ["evaluate", str(tmp_path / "averaged.pt"), "--data", str(work / "data"), "--out", str(tmp_path)]
     )
     assert done.exit_code == 0, done.output
-    result = _result(tmp_path)
+    result = result_in(tmp_path)
     assert result.averaging == "ema"
     assert done.stdout == f"final_ema_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}\n"
 
@@ -70,9 +58,9 @@ def test_a_sliding_score_has_a_label_of_its_own_and_more_context(work: Path, tmp
     scores = {}
     for stride, context in ((8, None), (8, 64), (32, None)):
         options = [] if context is None else ["--context", context]
-        done = _evaluate(work, tmp_path, "--stride", stride, *options, "--batch-tokens", 200)
+        done = evaluate(work, tmp_path, "--stride", stride, *options, "--batch-tokens", 200)
         assert done.exit_code == 0, done.output
-        result = _result(tmp_path)
+        result = result_in(tmp_path)
         assert (result.metric, result.context, result.stride) == ("sliding", context or 32, stride)
         assert done.stdout == (
             f"final_raw_sliding_window_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f} "
@@ -95,7 +83,7 @@ def test_a_sliding_score_has_a_label_of_its_own_and_more_context(work: Path, tmp
 )
 def test_windows_that_cannot_be_laid_are_one_line(work: Path, tmp_path: Path, options: list[str], named: str) -> None:
     (tmp_path / "result.json").write_text("an older one")
-    done = _evaluate(work, tmp_path, *options)
+    done = evaluate(work, tmp_path, *options)
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert named in done.stderr
@@ -111,7 +99,7 @@ def test_a_batch_that_does_not_fit_names_a_smaller_one(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT, "token_losses", full)
-    done = _evaluate(work, tmp_path, *given)
+    done = evaluate(work, tmp_path, *given)
     assert done.exit_code == 67
     assert done.stderr.startswith("error: a batch of ")
     assert remedy in done.stderr
@@ -123,7 +111,7 @@ def test_a_bug_in_the_pass_keeps_its_traceback(work: Path, tmp_path: Path, monke
         raise RuntimeError("not memory")
 
     monkeypatch.setattr(GPT, "token_losses", broken)
-    done = _evaluate(work, tmp_path)
+    done = evaluate(work, tmp_path)
     assert done.exit_code == 1
     assert isinstance(done.exception, RuntimeError)
 
@@ -203,6 +191,22 @@ def test_one_process_adds_up_alone() -> None:
     with Ranks().joined():
         assert Ranks().sum_float64([1.5, 2.0]) == [1.5, 2.0]
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_processes_part_unless_one_failed_and_then_gloo_gets_a_moment(
+    monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    """Without it an error's exit code is now and then that of an abort: see `Ranks.joined`."""
+    done: list[object] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: done.append("parted"))
+    monkeypatch.setattr("trainer.ranks.time.sleep", done.append)
+    monkeypatch.setattr(Ranks, "_require_one_backend", lambda *_: None)
+    with pytest.raises(InterruptedError) if failing else nullcontext(), Ranks(world_size=2).joined():
+        if failing:
+            raise InterruptedError
+    assert done == ([0.1] if failing else ["parted"])
 
 
 def test_an_artifact_is_told_from_a_model_by_its_first_bytes(work: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch_feed import BatchFeed, open_loader
-from trainer.checkpoint import Checkpoint, newest_first, save_checkpoint
+from trainer.checkpoint import Checkpoint, checkpoints_in, save_checkpoint
 from trainer.clock import TrainingClock
 from trainer.config import TrainConfig
 from trainer.data.adopting import adopt
@@ -288,10 +288,10 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
         assert events(lines)[-1] == ("interrupted", 3)
         assert not any(isinstance(line, ValPoint) for line in lines)
         # Stopped again while it is made good: still owed, and the checkpoint stays as it is.
-        written = newest_first(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns
+        written = checkpoints_in(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns
         code, lines = run(settings, data, tmp_path / "parts", capsys, resume="auto")
         assert (code, events(lines)) == (ExitCode.INTERRUPTED, [("interrupted", 3)])
-        assert newest_first(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns == written
+        assert checkpoints_in(tmp_path / "parts" / "checkpoints")[0].stat().st_mtime_ns == written
     code, resumed = run(settings, data, tmp_path / "parts", capsys, resume="auto")
     assert code is ExitCode.OK
     points = [line for line in resumed if isinstance(line, TrainPoint | ValPoint)]
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
     code, lines = run(config(checkpoint_seconds=1e-9, evaluation={"every_fraction": None}), data, tmp_path, capsys)
     assert code is ExitCode.DIVERGED
     assert events(lines)[-1] == ("diverged", 4)  # the weights are caught before the next checkpoint
-    kept = newest_first(tmp_path / "checkpoints")
+    kept = checkpoints_in(tmp_path / "checkpoints")
     assert [path.name for path in kept] == ["step_00000003.pt", "step_00000002.pt"]
     assert not (tmp_path / "model.pt").exists()
     assert detail(lines, "diverged").startswith("weights not finite; the last good checkpoint is step_00000003.pt")

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from evaluate_verb import evaluate, result_in, small_work
 
-from small_data_set import make_data_set, make_model
-from trainer.__main__ import app
 from trainer.errors import InputError
 from trainer.evaluation import ScoredBatch
 from trainer.ranks import Ranks
-from trainer.report import EvaluateResult, parse_line, read_result
+from trainer.report import EvaluateResult, parse_line
 from trainer.scoring import Scoring, ScoringRequest, final_line
 from trainer.test_time_settings import AdaptationSettings, Mode, adaptation_settings
 
@@ -47,20 +45,7 @@ _EVERY_OF_SGD += ["--ttt-momentum", 0.5, "--ttt-clip", 0, "--ttt-moved", "matric
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("test_time")
-    make_model(folder / "model.pt", make_data_set(folder / "data"))
-    return folder
-
-
-def _evaluate(work: Path, out: Path, *options: object) -> Result:
-    command = ["evaluate", work / "model.pt", "--data", work / "data", "--out", out, "--device", "cpu", *options]
-    return CliRunner().invoke(app, [str(argument) for argument in command])
-
-
-def _result(out: Path) -> EvaluateResult:
-    result = read_result(out / "result.json")
-    assert isinstance(result, EvaluateResult)
-    return result
+    return small_work(tmp_path_factory.mktemp("test_time"))
 
 
 def _settings(mode: Mode, **asked: Any) -> AdaptationSettings:
@@ -102,9 +87,9 @@ def _silent(_: str) -> None:
 def test_a_score_has_a_metric_and_a_label_of_its_own_and_says_how(
     work: Path, tmp_path: Path, options: list[object], recorded: dict[str, object], windows: tuple[int, int | None]
 ) -> None:
-    done = _evaluate(work, tmp_path, *options)
+    done = evaluate(work, tmp_path, *options)
     assert done.exit_code == 0, done.output
-    result = _result(tmp_path)
+    result = result_in(tmp_path)
     assert (result.metric, result.context, result.stride, result.world_size) == ("ttt", *windows, 1)
     assert result.ttt is not None
     expected = (SGD if result.ttt.mode == "sgd" else LORA) | recorded
@@ -133,9 +118,9 @@ def test_a_stream_of_one_chunk_says_that_nothing_is_learnt(work: Path, tmp_path:
         (["--ttt-chunk", whole - 1], True),
         (["--ttt-chunk", whole, "--stride", 16], True),
     ):
-        done = _evaluate(work, tmp_path, "--ttt", "sgd", *options)
+        done = evaluate(work, tmp_path, "--ttt", "sgd", *options)
         assert done.exit_code == 0, done.output
-        changed = abs(_result(tmp_path).val_loss - scoring_of(work, options).val_loss) > 1e-6
+        changed = abs(result_in(tmp_path).val_loss - scoring_of(work, options).val_loss) > 1e-6
         assert changed == learns
         told = "" if learns else f"nothing is learnt: all {positions} tokens are one chunk"
         assert done.stderr.startswith(told)
@@ -183,7 +168,7 @@ def test_what_is_not_asked_for_is_the_modes_default() -> None:
     ],
 )
 def test_what_does_not_go_together_is_one_line(work: Path, tmp_path: Path, options: list[str], named: str) -> None:
-    done = _evaluate(work, tmp_path, *options)
+    done = evaluate(work, tmp_path, *options)
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert named in done.stderr
@@ -193,7 +178,7 @@ def test_what_does_not_go_together_is_one_line(work: Path, tmp_path: Path, optio
 
 @pytest.mark.parametrize("options", [["--ttt", "adam"], ["--ttt", "sgd", "--ttt-moved", "heads"]])
 def test_a_mode_or_a_choice_that_there_is_not_is_a_usage_error(work: Path, tmp_path: Path, options: list[str]) -> None:
-    done = _evaluate(work, tmp_path, *options)
+    done = evaluate(work, tmp_path, *options)
     assert done.exit_code == 2
     assert options[-1] in done.stderr
 
