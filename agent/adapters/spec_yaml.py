@@ -129,17 +129,10 @@ def parse_spec(text: str, source: str) -> Spec:
         problems = _schema_problems(error, lines)
         raise _spec_error(sorted(problems, key=lambda problem: problem.line), source) from None
     # Of specs that arrive, and not of the schema: one that an older version took in must still be read back.
-    for place, problem in (
-        (
-            ("log", "pattern" if spec.log and spec.log.format == "regex" else "fields"),
-            spec.log and _log_problem(spec.log),
-        ),
-        (("resources", "gpus"), _device_problem(spec)),
-    ):
-        if problem:
-            text, remedy = problem
-            line = _line_of(lines, place)
-            raise _spec_error([_Problem(line=line, field=_field_of(place), text=text, remedy=remedy)], source)
+    if problem := _log_problem(spec.log) or _device_problem(spec):
+        place, text, remedy = problem
+        line = _line_of(lines, place)
+        raise _spec_error([_Problem(line=line, field=_field_of(place), text=text, remedy=remedy)], source)
     return spec
 
 
@@ -166,18 +159,22 @@ def _schema_problems(error: ValidationError, lines: dict[Place, int]) -> list[_P
     return problems
 
 
-def _device_problem(spec: Spec) -> tuple[str, str] | None:
-    """Why the trainer would leave its cards idle, or see none, and what to do; None if all is well."""
+def _device_problem(spec: Spec) -> tuple[Place, str, str] | None:
+    """Where it says that the trainer leaves its cards idle or sees none, why, and what to do; None if all is well."""
     gpus, device = spec.resources.gpus, "auto" if spec.trainer is None else spec.trainer.device
+    place, remedy = ("resources", "gpus"), "leave it out, or set device: auto"
     if device == "cpu" and gpus:
-        return f"{gpus}, but trainer.device is cpu: the cards would stand idle", "leave it out, or set device: auto"
+        return place, f"{gpus}, but trainer.device is cpu: the cards would stand idle", remedy
     if device == "cuda" and gpus == 0:
-        return "0, but trainer.device is cuda: the run would see no GPU", "leave it out, or set device: auto"
+        return place, "0, but trainer.device is cuda: the run would see no GPU", remedy
     return None
 
 
-def _log_problem(log: LogSpec) -> tuple[str, str] | None:
-    """Why this reader could never find a point, and what to do; None if it can."""
+def _log_problem(log: LogSpec | None) -> tuple[Place, str, str] | None:
+    """Where a reader is given that could never find a point, why, and what to do; None if it can."""
+    if log is None:
+        return None
+    place = ("log", "pattern" if log.format == "regex" else "fields")
     if log.format == "jsonl":
         named: set[str] = set(log.fields or ())
     elif log.format == "regex":
@@ -185,16 +182,17 @@ def _log_problem(log: LogSpec) -> tuple[str, str] | None:
             named = set(regex.compile(log.pattern or "").groupindex)
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             return (
+                place,
                 f"not a regular expression: {error}",
                 "correct it; put it in single quotes, so that YAML keeps backslashes",
             )
     else:
         return None
     if "step" not in named:
-        return "no group named step", "write (?P<step>\\d+) where the step number stands"
+        return place, "no group named step", "write (?P<step>\\d+) where the step number stands"
     if not named.intersection(_SCORES):
         where = "name a group (?P<val_bpb>...)" if log.format == "regex" else "add `val_bpb: name_in_the_log`"
-        return f"none of {', '.join(_SCORES)} is read", f"{where}, or val_loss, or train_loss"
+        return place, f"none of {', '.join(_SCORES)} is read", f"{where}, or val_loss, or train_loss"
     return None
 
 

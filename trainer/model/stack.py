@@ -26,6 +26,18 @@ Lanes = tuple[Tensor, ...]
 RunLayer = Callable[[int, Lanes], Lanes]
 
 
+def with_skip(lanes: Lanes, skipped: Lanes, weight: Tensor) -> Lanes:
+    """Lane by lane, or one lane's output into both."""
+    sources = skipped if len(skipped) == len(lanes) else skipped * len(lanes)
+    return tuple(torch.addcmul(lane, source, weight) for lane, source in zip(lanes, sources, strict=True))
+
+
+def merged(lanes: Lanes, share: Tensor) -> Tensor:
+    """Two lanes to one, `share` (1,) of it the attention's."""
+    attention, mlp = lanes
+    return torch.lerp(mlp, attention, share)
+
+
 def run_layers(
     x: Tensor,
     run_layer: RunLayer,
@@ -35,16 +47,15 @@ def run_layers(
     gate: Tensor | None = None,
     skip_weights: Tensor | None = None,
     lane_merge: Tensor | None = None,
-    skipping: Callable[[Lanes, Lanes, Tensor], Lanes] | None = None,
-    merging: Callable[[Lanes, Tensor], Tensor] | None = None,
+    skipping: Callable[[Lanes, Lanes, Tensor], Lanes] = with_skip,
+    merging: Callable[[Lanes, Tensor], Tensor] = merged,
 ) -> Tensor:
     """(batch, time, dim) -> the same shape, after every run of `run_layer(index, lanes)` that the config asks for.
 
     `gate` is 0-d, `skip_weights` (skips, dim), `lane_merge` (1,), all in the dtype of `x`; None where the config has
-    none. Without a gate repeated passes count in full. `skipping` and `merging` are `with_skip` and `merged`, or what a
-    compiler made of them.
+    none. Without a gate repeated passes count in full. `skipping` and `merging` may be what a compiler made of
+    theirs.
     """
-    skipping, merging = skipping or with_skip, merging or merged
     loop, middle = config.recurrence, config.num_layers // 2
     lanes: Lanes = _apart((x,))
     before: Lanes = lanes
@@ -68,21 +79,9 @@ def run_layers(
     return lanes[0] if lane_merge is None else merging(lanes, lane_merge)
 
 
-def with_skip(lanes: Lanes, skipped: Lanes, weight: Tensor) -> Lanes:
-    """Lane by lane, or one lane's output into both."""
-    sources = skipped if len(skipped) == len(lanes) else skipped * len(lanes)
-    return tuple(torch.addcmul(lane, source, weight) for lane, source in zip(lanes, sources, strict=True))
-
-
 def _apart(lanes: Lanes) -> Lanes:
     """The same numbers as other objects: two arguments that are one tensor would be a compiled graph of their own."""
     return tuple(lane.view_as(lane) for lane in lanes)
-
-
-def merged(lanes: Lanes, share: Tensor) -> Tensor:
-    """Two lanes to one, `share` (1,) of it the attention's."""
-    attention, mlp = lanes
-    return torch.lerp(mlp, attention, share)
 
 
 def _blended(before: Lanes, after: Lanes, gate: Tensor) -> Lanes:
