@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--reference", type=Path, help="option_matrix.json of the same on a CPU.")
-    parser.add_argument("--scope", choices=["pass", "layer"], default="pass", help="Of the compiled graphs.")
+    parser.add_argument("--scope", choices=["pass", "layer"], default="layer", help="Of the compiled graphs.")
     parser.add_argument("--workers", type=int, default=6, help="Processes at once.")
     parser.add_argument("--only", nargs="*", help="Names of options; default: all.")
     given = parser.parse_args()

@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--preset", default="recommended")
     parser.add_argument("--micro", type=int, default=32768, help="Tokens per pass of a process, in two of the runs.")
-    parser.add_argument("--scope", choices=["pass", "layer"], default="pass", help="Of the compiled graphs.")
+    parser.add_argument("--scope", choices=["pass", "layer"], default="layer", help="Of the compiled graphs.")
     parser.add_argument("--small", action="store_true", help="A tiny model, to try this script itself.")
     given = parser.parse_args()
     vocab_size = DataSet.load(given.data).manifest.vocab_size

@@ -146,8 +146,8 @@ class TrainerSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(default=None, description="torch.compile; default: on CUDA yes, on CPU no.")
     compile_scope: CompileScope = Field(
-        default="pass",
-        description="What one graph holds: a whole pass, or a layer, whose graph serves all layers and the loop.",
+        default="layer",
+        description="What one graph holds: a layer, whose graph serves all layers and the loop, or a whole pass.",
     )
     attention_backend: AttentionBackend = Field(
         default="auto", description="Kernel of the attention; auto: on CUDA the fastest of those that are there."

@@ -4,8 +4,8 @@ Counted for compiled steps: activations in bfloat16 beside float32 master weight
 backward pass. It saves what matrix products and attention read or write and recomputes elementwise work from that.
 Three moments compete for the peak: a training pass, the optimiser's step, and an evaluation pass. What lies there all
 the time (weights, momentum, averages) is below each of them. The coefficients were fitted to three shapes on an H200 (9
-layers, 512 wide, MLP 2x and 3x, and three layers looped), what is beside them to the presets at two micro-batches on an
-H100; `python -m benchmarks.memory` compares. Predictions are for the most part a little too high, as they should be.
+layers, 512 wide, MLP 2x and 3x, and three layers looped) and then to the presets on an H100; `python -m
+benchmarks.memory` compares. Predictions are for the most part a little too high, as they should be.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _WIDE, _KV, _HIDDEN = 10, 3, 2
 # Bytes per token and dimension that one pass holds whatever its depth: float32 lookups, the first and the last state
 # with their norms, and the gradients that travel down.
 _ENDS = 18
-# Per logit: bfloat16 out of the product, float32 within the softmax, and the bfloat16 gradient.
-_LOGIT = 8
+# Per logit: bfloat16 out of the product and the bfloat16 gradient; the float32 between them stays in registers.
+_LOGIT = 2 * _BF16
 _LOGIT_WITHOUT_GRADIENT = 6
 # Per position and position of a row: a boolean mask, and what the kernel makes of it in bfloat16.
 _MASK = 1 + _BF16

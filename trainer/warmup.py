@@ -53,7 +53,7 @@ def build_passes(
     model: GPT,
     *,
     compiled: bool,
-    scope: CompileScope = "pass",
+    scope: CompileScope = "layer",
     weighting: ByteWeightedLoss | None = None,
     terms: LossTerms | None = None,
     backend: str = "inductor",
@@ -76,7 +76,7 @@ def build_passes(
     # The default of 8 graphs a function is fewer than the switches need, and a full-graph function past it is an error.
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     if backend == "inductor":
-        _round_divisions()
+        _settle_inductor()
     compiling = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     token_losses: Callable[..., Tensor] = model.token_losses
     if scope == "layer":
@@ -110,13 +110,18 @@ def _with_itself(mean_loss: Callable[..., Tensor]) -> TrainingLoss:
     return loss
 
 
-def _round_divisions() -> None:
-    """Inductor's own division on CUDA is off by an ulp at times: weights would not be rounded as the exporter does."""
+def _settle_inductor() -> None:
+    """What Inductor does by default and should not do here, where this torch has a switch for it."""
     from torch._inductor import config as inductor_config  # noqa: PLC0415 - seconds, and only compiled runs need it
 
+    # Its own division on CUDA is off by an ulp at times: weights would not be rounded as the exporter does.
     numerics = getattr(inductor_config, "eager_numerics", None)
     if numerics is not None and hasattr(numerics, "division_rounding"):
         numerics.division_rounding = True
+    # Fusing a norm's backward pass with sums over tokens fails an assertion of its own for whole passes of some shapes
+    # (torch 2.11, pytorch/pytorch#176131), and where it compiles it may use more registers than there are (#179494).
+    if hasattr(inductor_config.triton, "mix_order_reduction"):
+        inductor_config.triton.mix_order_reduction = False
 
 
 def reachable_switches(config: TrainConfig) -> list[tuple[bool, bool]]:

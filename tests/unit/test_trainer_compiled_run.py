@@ -66,7 +66,7 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
     for title, changed in {
         "eager": {},
         "compiled": {"compile": True},
-        "by layer": {"compile": True, "compile_scope": "layer"},
+        "by pass": {"compile": True, "compile_scope": "pass"},
         "unquantised": {"compile": True, "qat": {"enabled": False}},
     }.items():
         code, lines = run(settings(CASES[name], **changed), data, tmp_path / title, capsys)
@@ -78,12 +78,12 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
         assert bool(details(lines, "warm_up")) == compiled
         if title == "eager":
             whole = scores(lines)
-        elif title in {"compiled", "by layer"}:
+        elif title in {"compiled", "by pass"}:
             for found, wanted in zip(scores(lines), whole, strict=True):
                 assert found == pytest.approx(wanted, rel=1e-3)
             assert [step for step, _ in details(lines, "late_qat")] == [3]
     assert curves["compiled"] == pytest.approx(curves["eager"], rel=1e-3)
-    assert curves["by layer"] == pytest.approx(curves["eager"], rel=1e-3)
+    assert curves["by pass"] == pytest.approx(curves["eager"], rel=1e-3)
     differ = [step for step, loss in curves["compiled"].items() if abs(loss / curves["unquantised"][step] - 1) > 1e-4]
     assert differ
     assert min(differ) == 4  # the first after the switch
