@@ -52,6 +52,8 @@ class Ending:
         recompiles = self._recompiles()
         if recompiles is not None:
             self._reporter.say(Event(kind="recompiles", step=state.step, detail=str(recompiles)))
+        state.wall.lap("ending")
+        self._reporter.say(Event(kind="wall", step=state.step, detail=state.wall.line()))
         if state.plan.ranks.first:
             write_whole(self._out / RESULT_NAME, result_json(self._result(raw, averaged, recompiles)).encode("utf-8"))
 
@@ -112,4 +114,5 @@ class Ending:
             peak_memory_bytes=peak_memory(plan.device),
             recompiles=recompiles,
             init_from_sha256=state.init_from_sha256 or None,
+            wall_phases={name: round(seconds, 2) for name, seconds in state.wall.seconds.items()},
         )

@@ -22,6 +22,7 @@ from trainer.ranks import ALONE, Ranks
 from trainer.report import RESULT_NAME, Event, ExitCode, Reporter
 from trainer.run_plan import RunPlan, require_shared_batch
 from trainer.training_run import TrainingRun
+from trainer.wall_time import WallTime, process_age
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,12 @@ def train(
     elif init_from is not None:
         checkpoint = load_branch(init_from, config, dataset)
         origin = branch_event(init_from, checkpoint)
+    wall = WallTime(age=process_age())
+    wall.lap("start")
     torch.set_flush_denormal(True)  # denormals make a CPU crawl and mean nothing here
     reporter = Reporter(speaks=ranks.first)
     with stop_signals() as stop:
-        attempt = _Attempt(config, device, ranks, reporter, stop)
+        attempt = _Attempt(config, device, ranks, reporter, stop, wall=wall)
         return attempt.run(dataset, out, checkpoints, checkpoint, origin)
 
 
@@ -85,10 +88,17 @@ class _Attempt:
     """A run that may end badly, and what there is to say if it does."""
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, ranks: Ranks, reporter: Reporter, stop: StopRequest
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+        reporter: Reporter,
+        stop: StopRequest,
+        *,
+        wall: WallTime,
     ) -> None:
         self._config, self._device, self._ranks = config, device, ranks
-        self._reporter, self._stop = reporter, stop
+        self._reporter, self._stop, self._wall = reporter, stop, wall
         self._plan: RunPlan | None = None
         self._run: TrainingRun | None = None
 
@@ -99,6 +109,7 @@ class _Attempt:
             with self._ranks.joined(self._device):
                 _require_same_start(self._ranks, self._config, checkpoint)
                 self._plan = RunPlan.make(self._config, dataset, self._device, self._ranks)
+                self._wall.lap("plan")
                 self._run = TrainingRun(
                     plan=self._plan,
                     out=out,
@@ -107,6 +118,7 @@ class _Attempt:
                     origin=origin,
                     reporter=self._reporter,
                     stop=self._stop,
+                    wall=self._wall,
                 )
                 if self._ranks.first:
                     (out / RESULT_NAME).unlink(missing_ok=True)

@@ -169,6 +169,7 @@ EventKind = Literal[
     "snapshot",
     "averaging",
     "recompiles",
+    "wall",
     "stopping_early",
     "diverged",
     "interrupted",

@@ -57,6 +57,9 @@ class TrainResult(_Value):
     peak_memory_bytes: int | None = Field(default=None, description="Of one process: CUDA's reserved, else resident.")
     recompiles: int | None = Field(default=None, description="Graphs compiled after the warm-up; None if not compiled.")
     init_from_sha256: str | None = Field(default=None, description="Of the checkpoint that the run branched off.")
+    wall_phases: dict[str, float] | None = Field(
+        default=None, description="Seconds of this process by what they went into; None in older files."
+    )
 
 
 class ExportResult(_Value):

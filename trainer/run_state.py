@@ -16,6 +16,7 @@ from trainer.model.head import LossTerms
 from trainer.optim import Optimizers
 from trainer.run_plan import RunPlan
 from trainer.schedules import planned_steps, progress
+from trainer.wall_time import WallTime
 from trainer.warmup import build_passes
 
 
@@ -25,12 +26,13 @@ class RunState:
     `seconds` is the training clock as all processes have agreed to read it, `clock` the own one.
     """
 
-    def __init__(self, plan: RunPlan, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, plan: RunPlan, checkpoint: Checkpoint | None, wall: WallTime | None = None) -> None:
         """At the beginning, or where `checkpoint` was made. Raises OSError or InputError for data or a checkpoint
         that cannot be used."""
         config = plan.config
         self.plan = plan
         self._began = time.monotonic()
+        self.wall = wall or WallTime()
         torch.manual_seed(config.seed)
         self.model = _model(plan)
         self.loader = open_loader(config, plan.dataset, plan.device, micro_tokens=plan.micro_tokens, ranks=plan.ranks)

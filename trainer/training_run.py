@@ -24,6 +24,7 @@ from trainer.run_state import RunState
 from trainer.snapshots import keep_snapshot
 from trainer.steps import take_step
 from trainer.validating import Validation
+from trainer.wall_time import WallTime
 from trainer.warmup import compiled_graphs, warm_up
 
 _ALWAYS_LOGGED_STEPS = 10
@@ -47,13 +48,14 @@ class TrainingRun:
         origin: Event | None = None,
         reporter: Reporter,
         stop: StopRequest,
+        wall: WallTime | None = None,
     ) -> None:
         """`origin` says where the weights of a branch come from. Raises OSError or InputError."""
         self._plan, self._config = plan, plan.config
         self._beginning = [*([origin] if origin else []), *plan.events(checkpoint.step if checkpoint else 0)]
         self._out, self._checkpoints = out, checkpoints
         self._reporter, self._stop = reporter, stop
-        self._state = RunState(plan, checkpoint)
+        self._state = RunState(plan, checkpoint, wall)
         self._watch = DivergenceWatch(plan.device)
         self._validation = Validation(self._state, self._watch, stop)
         self._pace = Pace(self._state)
@@ -86,7 +88,9 @@ class TrainingRun:
     def _run(self) -> ExitCode:
         state = self._state
         try:
+            state.wall.lap("set_up")
             self._warm_up()
+            state.wall.lap("warm_up")
             if state.evaluation_pending:
                 self._validate_if_due()
             self._agree()
@@ -102,6 +106,8 @@ class TrainingRun:
                 self._validate_if_due()
                 if self._checkpoint_is_due:
                     self._save_if_possible()
+            state.clock.synchronize()
+            state.wall.lap("training")
             if state.done < 1.0:
                 return self._interrupted()
             self._finish()
@@ -275,7 +281,7 @@ class TrainingRun:
     def _save_checkpoint(self) -> None:
         """Every process takes part; the first one writes. Raises OSError at that one, and all know of it."""
         ranks, failure = self._plan.ranks, None
-        with self._state.clock.paused():
+        with self._state.clock.paused(), self._state.wall.spent("saving"):
             self._watch.require_finite(self.step, self._state.model)
             checkpoint = self._state.checkpoint()
             if ranks.first:

@@ -45,7 +45,7 @@ class Validation:
         """The score of the model as it stands, outside the training clock. Raises DivergedError or StopAskedError."""
         state = self._state
         self.running = True
-        with state.clock.paused():
+        with state.clock.paused(), state.wall.spent("scoring"):
             self._watch.require_finite(state.step, state.model)
             try:
                 found = self._score()

@@ -111,7 +111,7 @@ def scores(lines: list[Line]) -> list[tuple[int, float, float]]:
 
 def events(lines: list[Line]) -> list[tuple[str, int]]:
     """Those of the run itself, without what it says of its setting."""
-    setting = {"micro_batch", "attention", "warm_up", "recompiles"}
+    setting = {"micro_batch", "attention", "warm_up", "recompiles", "wall"}
     return [(line.kind, line.step) for line in lines if isinstance(line, Event) and line.kind not in setting]
 
 
@@ -303,15 +303,23 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
 def test_the_clock_ends_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = run(config(limits={"wallclock_seconds": 0.2}), data, tmp_path, capsys)
     assert code is ExitCode.OK
-    last = lines[-1]
-    assert isinstance(last, Event)
-    assert last.kind == "stopping_early"
-    assert last.detail.startswith("wallclock_cap train_time:")
-    assert isinstance(lines[-2], ValPoint)
+    score, stopping, wall = lines[-3:]
+    assert isinstance(score, ValPoint)
+    assert isinstance(stopping, Event)
+    assert stopping.kind == "stopping_early"
+    assert stopping.detail.startswith("wallclock_cap train_time:")
+    assert isinstance(wall, Event)
+    assert wall.kind == "wall"
     result = read_result(tmp_path / "result.json")
     assert isinstance(result, TrainResult)
     assert result.stop_reason == "wallclock_cap"
     assert result.training_seconds >= 0.2
+    phases = result.wall_phases
+    assert phases is not None
+    assert list(phases) == [part.split(":")[0] for part in wall.detail.split()]
+    assert {"start", "plan", "set_up", "training", "scoring", "ending"} <= phases.keys()
+    # What is beside the steps is no part of `training`, and the clock counts little else.
+    assert phases["training"] + 0.01 >= result.training_seconds
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(

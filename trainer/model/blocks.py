@@ -51,14 +51,15 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
 
 
 class BlockWeights(NamedTuple):
-    """The matrices of one block as one pass uses them."""
+    """The matrices of one block as one pass uses them; the scales of its branches are in `proj`."""
 
     attention: AttentionWeights
     fc: Tensor
     proj: Tensor
 
 
-Prepare = Callable[[Tensor], Tensor]
+Prepare = Callable[..., Tensor]
+"""A float32 weight (out, in), and perhaps a scale (out,) of its rows -> the matrix that a pass multiplies with."""
 
 
 class Mlp(nn.Module):
@@ -108,15 +109,16 @@ class Block(nn.Module):
         self.register_buffer("norm_scale", torch.tensor(1 / math.sqrt(layer + 1)), persistent=False)
 
     def prepared_weights(self, prepare: Prepare) -> BlockWeights:
-        """The block's matrices, each after `prepare`."""
+        """The block's matrices, each after `prepare`. A branch's scale goes into the rows of its last matrix, once a
+        pass: per token it would be another trip to memory, and its gradient one more."""
         attn, mlp = self.attn, self.mlp
         return BlockWeights(
             attention=AttentionWeights(
                 qkv=torch.cat([prepare(part.weight) for part in (attn.q, attn.k, attn.v)]),
-                proj=prepare(attn.proj.weight),
+                proj=prepare(attn.proj.weight, self.attn_scale),
             ),
             fc=prepare(mlp.fc.weight),
-            proj=prepare(mlp.proj.weight),
+            proj=prepare(mlp.proj.weight, self.mlp_scale),
         )
 
     def input_covariances(self, prefix: str) -> dict[str, InputCovariance]:
@@ -139,14 +141,13 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             own, embedded = self.resid_mix.to(dtype).unbind()
             lanes = tuple(torch.addcmul(lane * own, shared.embedded, embedded) for lane in lanes)
-        attn_scale, mlp_scale = self.attn_scale.to(dtype), self.mlp_scale.to(dtype)
         if self.lane_weights is None:
             (x,) = lanes
-            x = torch.addcmul(x, self.attn(self._normed(x), weights.attention, shared, adapters), attn_scale)
-            return (torch.addcmul(x, self.mlp(self._normed(x), weights.fc, weights.proj), mlp_scale),)
+            x = x + self.attn(self._normed(x), weights.attention, shared, adapters)
+            return (x + self.mlp(self._normed(x), weights.fc, weights.proj),)
         a, m = lanes
-        from_attention = attn_scale * self.attn(self._normed(a), weights.attention, shared, adapters)
-        from_mlp = mlp_scale * self.mlp(self._normed(m), weights.fc, weights.proj)
+        from_attention = self.attn(self._normed(a), weights.attention, shared, adapters)
+        from_mlp = self.mlp(self._normed(m), weights.fc, weights.proj)
         share = self.lane_weights.to(dtype)
         return (
             a + share[0, 0] * from_attention + share[0, 1] * from_mlp,

@@ -152,9 +152,10 @@ class GPT(nn.Module):
         """The float32 weight of a table or a matrix, which the exporter quantises; fake-quantised if that is on."""
         return self._fake_quantized(weight) if self.fake_quant_active else weight
 
-    def _prepared(self, weight: Tensor) -> Tensor:
-        """A weight as matrix products take it."""
-        return self._as_trained(weight).to(self.compute_dtype)
+    def _prepared(self, weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        """A weight as matrix products take it, its rows scaled before it is rounded to their dtype."""
+        weight = self._as_trained(weight)
+        return (weight if row_scale is None else weight * row_scale.unsqueeze(1)).to(self.compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
