@@ -149,6 +149,10 @@ class TrainerSettings(Section):
         default="layer",
         description="What one graph holds: a layer, whose graph serves all layers and the loop, or a whole pass.",
     )
+    cpu_products: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Inputs of a training step's matrix products on a CPU: bfloat16 where it has units for them (AMX).",
+    )
     attention_backend: AttentionBackend = Field(
         default="auto", description="Kernel of the attention; auto: on CUDA the fastest of those that are there."
     )

@@ -54,6 +54,7 @@ INFERENCE_MODULES = (
     "trainer.model.attention",
     "trainer.model.attention_backends",
     "trainer.model.blocks",
+    "trainer.model.eager",
     "trainer.model.gpt",
     "trainer.model.head",
     "trainer.model.input_statistics",

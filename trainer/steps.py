@@ -7,12 +7,18 @@ from torch import Tensor
 
 from trainer import schedules
 from trainer.flops import train_flops_per_token
+from trainer.model.eager import bfloat16_products, rounded_inputs
 from trainer.run_state import RunState
 
 
 def take_step(state: RunState, done: float) -> Tensor:
     """Train on the next batch, at progress `done`; `state` counts it. The mean nats per token over all processes,
     whatever is minimised, 0-d and still on the device."""
+    with bfloat16_products(state.plan.config.cpu_products == "bfloat16"):
+        return _take_step(state, done)
+
+
+def _take_step(state: RunState, done: float) -> Tensor:
     plan, config = state.plan, state.plan.config
     tokens = schedules.batch_tokens(done, config.batch, plan.micro_global)
     micro_batches = tokens // plan.micro_global
@@ -23,11 +29,12 @@ def take_step(state: RunState, done: float) -> Tensor:
         torch.autograd.backward(objective / micro_batches)
         nats += mean_nats / micro_batches
     plan.ranks.mean_(nats)
-    state.optimizers.step(
-        state.optimizer_steps,
-        schedules.lr_multiplier(done, state.step, config.schedule, config.limits, config.batch.train_batch_tokens),
-        schedules.weight_decay_multiplier(done, config.optimizer),
-    )
+    with rounded_inputs():
+        state.optimizers.step(
+            state.optimizer_steps,
+            schedules.lr_multiplier(done, state.step, config.schedule, config.limits, config.batch.train_batch_tokens),
+            schedules.weight_decay_multiplier(done, config.optimizer),
+        )
     state.step += 1
     state.optimizer_steps += 1
     state.tokens += tokens

@@ -50,6 +50,7 @@ STATES: dict[str, Settings] = {
 _NOT_COMPARED = {
     "training_seconds",
     "wall_seconds",
+    "wall_phases",
     "data_wait_share",
     "mfu",
     "peak_memory_bytes",
@@ -70,13 +71,13 @@ def _one_thread(seeded_on_one_thread: None) -> Iterator[None]:
 
 
 def said(lines: list[Line]) -> list[Any]:
-    """What a log says of the run itself: points without their clocks, and events but those of stopping."""
+    """What a log says of the run itself: points without their clocks, events but those of stopping and wall time."""
     told: list[Any] = []
     for line in lines:
         if isinstance(line, TrainPoint):
             told.append((line.step, line.planned_steps, line.train_loss, line.epoch))
         elif isinstance(line, FinalPoint) or (
-            isinstance(line, Event) and line.kind not in {"micro_batch", "checkpoint", "interrupted"}
+            isinstance(line, Event) and line.kind not in {"micro_batch", "checkpoint", "interrupted", "wall"}
         ):
             told.append(line)
     return told

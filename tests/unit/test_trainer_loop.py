@@ -652,3 +652,20 @@ def test_the_clock_counts_only_while_it_runs() -> None:
     with pytest.raises(OSError, match="full"), clock.paused():
         raise OSError("the disk is full")
     assert clock.seconds == 11.0  # it runs again, for the run goes on
+
+
+def test_products_with_rounded_inputs_train_alike_and_score_unrounded(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curves = {}
+    for products in ("float32", "bfloat16"):
+        code, lines = run(config(cpu_products=products), data, tmp_path / products, capsys)
+        assert code is ExitCode.OK
+        curves[products] = losses(lines)
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=1e-2)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
+    dataset, model = DataSet.load(data), load_model(tmp_path / "bfloat16" / "model.pt", "cpu").model
+    scored = evaluate(model.token_losses, ValidationStream.load(dataset), seq_len=16, batch_tokens=64, device="cpu")
+    recorded = read_result(tmp_path / "bfloat16" / "result.json")
+    assert isinstance(recorded, TrainResult)
+    assert scored.bpb == pytest.approx(recorded.val_bpb, abs=1e-6)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from trainer.config import ModelConfig
 from trainer.model.attention_backends import Attend
+from trainer.model.eager import NormedTurned, eager_cpu, linear
 from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
 from trainer.parameters import GATE_WIDTH
@@ -50,6 +51,15 @@ def apply_rope(x: Tensor, tables: RopeTables) -> Tensor:
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (first * tables.cos - second * tables.sin, second * tables.cos + first * tables.sin)
     return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+
+
+def normed_turned(x: Tensor, tables: RopeTables, gain: Tensor | None = None) -> Tensor:
+    """RMS norm over each head of `x` (batch, time, heads, head_dim), RoPE, and `gain` (heads,) if it is given."""
+    if eager_cpu(x):
+        found: Tensor = NormedTurned.apply(x, *tables, gain)  # type: ignore[no-untyped-call]  # torch's own
+        return found
+    turned = apply_rope(rms_norm(x), tables)
+    return turned if gain is None else turned * gain.to(x.dtype).unsqueeze(1)
 
 
 class Projection(nn.Module):
@@ -115,15 +125,15 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """(batch, time, dim) -> (batch, time, dim); position t sees positions up to t, as `shared.attend` has it."""
         batch, time, dim = x.shape
-        qkv = functional.linear(x, weights.qkv).view(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
+        qkv = linear(x, weights.qkv).view(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         if adapters is not None:
             q = q + adapters.q(x).view(q.shape)
             v = v + adapters.v(x).view(v.shape)
         if self.value_scale is not None and shared.values is not None:
             v = torch.addcmul(v, shared.values.view(v.shape), self.value_scale.to(x.dtype))
-        q = apply_rope(rms_norm(q), shared.tables) * self.q_gain.to(x.dtype).unsqueeze(1)
-        k = apply_rope(rms_norm(k), shared.tables)
+        q = normed_turned(q, shared.tables, self.q_gain)
+        k = normed_turned(k, shared.tables)
         attended = shared.attend(q, k, v)
         if self.exclusive:
             attended = without_own_value(attended, v)
@@ -134,4 +144,4 @@ class CausalSelfAttention(nn.Module):
         if self.qkv_inputs is not None and self.proj_inputs is not None:
             self.qkv_inputs.observe(x)
             self.proj_inputs.observe(mixed)
-        return functional.linear(mixed, weights.proj)
+        return linear(mixed, weights.proj)

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from trainer.config import ModelConfig
 from trainer.model.attention import AttentionWeights, CausalSelfAttention, PassContext, Projection
+from trainer.model.eager import SquaredLeakyReLU, eager_cpu, linear
 from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
 from trainer.model.stack import Lanes
@@ -45,9 +46,11 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
     if kind == "swiglu":
         first, second = x.chunk(2, dim=-1)
         return functional.silu(first) * second
-    if kind == "relu_squared":
-        return functional.relu(x).square()
-    return functional.leaky_relu(x, LEAKY_SLOPE).square()
+    slope = 0.0 if kind == "relu_squared" else LEAKY_SLOPE
+    if eager_cpu(x):
+        squared: Tensor = SquaredLeakyReLU.apply(x, slope)  # type: ignore[no-untyped-call]  # torch's own
+        return squared
+    return (functional.leaky_relu(x, slope) if slope else functional.relu(x)).square()
 
 
 class BlockWeights(NamedTuple):
@@ -79,11 +82,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         """(batch, time, dim) -> (batch, time, dim)."""
-        hidden = activate(functional.linear(x, fc), self.activation)
+        hidden = activate(linear(x, fc), self.activation)
         if self.fc_inputs is not None and self.proj_inputs is not None:
             self.fc_inputs.observe(x)
             self.proj_inputs.observe(hidden)
-        return functional.linear(hidden, proj)
+        return linear(hidden, proj)
 
 
 class Block(nn.Module):

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from trainer.model.eager import rounded_inputs
+
 CHUNK_ROWS = 256
 
 # A target of probability 1 would otherwise give 0^(gamma - 1) in the slope.
@@ -61,7 +63,8 @@ def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Mean of `row_losses`, differentiable in `x` and `weight`; 0-d float32."""
     if _plainly(x):
         return row_losses(x, weight, targets, cap).mean()
-    loss, _ = _ChunkedLoss.apply(x, weight, targets, cap, None, PLAIN)  # type: ignore[no-untyped-call]  # torch's own
+    with rounded_inputs():  # the gradients are taken in there too
+        loss, _ = _ChunkedLoss.apply(x, weight, targets, cap, None, PLAIN)  # type: ignore[no-untyped-call]  # torch's own
     return cast(Tensor, loss)
 
 
@@ -73,7 +76,8 @@ def objective(
     Each is 0-d float32; only the first is differentiable, in `x` and `weight`.
     """
     if not _plainly(x):
-        loss, mean = _ChunkedLoss.apply(x, weight, targets, cap, row_weights, terms)  # type: ignore[no-untyped-call]  # as above
+        with rounded_inputs():
+            loss, mean = _ChunkedLoss.apply(x, weight, targets, cap, row_weights, terms)  # type: ignore[no-untyped-call]  # as above
         return loss, mean
     if not terms.z_loss:
         nats = row_losses(x, weight, targets, cap)
