@@ -1,22 +1,25 @@
 """Which attention kernel a training run uses: asked for, or the fastest of those that are there, by measurement.
 
 Measured is a forward and a backward pass at the shape of the run's own micro-batches, before the clock starts, on
-random numbers; with attention by document on documents of random lengths. `trainer.evaluation_attention` chooses for
-scores, without a measurement.
+random numbers; with attention by document on documents of random lengths. What was measured is kept for later runs on
+this machine (`trainer.kept_timings`): they start sooner, and get the same kernel. For scores
+`trainer.evaluation_attention` chooses, without a measurement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.config import AttentionBackend, ModelConfig
 from trainer.errors import InputError
+from trainer.kept_timings import BackendTiming, keep, recall
 from trainer.model.attention_backends import BACKENDS, Attend, Backend, Segments, attention_of, could_run, segments_of
 
 _WARM_RUNS, _TIMED_RUNS = 3, 7
@@ -51,15 +54,6 @@ class AttentionShape:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BackendTiming:
-    """Milliseconds of a forward and a backward pass, the median; None for a backend that cannot run, and why."""
-
-    backend: Backend
-    milliseconds: float | None
-    refusal: str = ""
-
-
 def choose_backend(
     asked: AttentionBackend, model: ModelConfig, *, rows: int, time: int, device: torch.device
 ) -> tuple[Backend, tuple[BackendTiming, ...]]:
@@ -74,13 +68,32 @@ def choose_backend(
         return asked, ()
     if device.type != "cuda":
         return "plain", ()
-    timings = [
-        timing_of(backend, shape, device)
-        for backend in BACKENDS
-        if could_run(backend, device, documents=shape.documents)
-    ]
-    timings.sort(key=lambda timing: (timing.milliseconds is None, timing.milliseconds))
-    return preferred(timings), tuple(timings)
+    tried = [backend for backend in BACKENDS if could_run(backend, device, documents=shape.documents)]
+    key = _key(shape, tried, device)
+    timings = None if key is None else recall(key)
+    if timings is None:
+        timings = tuple(timing_of(backend, shape, device) for backend in tried)
+        if key is not None and _lasting(timings):
+            keep(key, timings)
+    ordered = sorted(timings, key=lambda timing: (timing.milliseconds is None, timing.milliseconds))
+    return preferred(ordered), tuple(ordered)
+
+
+def _key(shape: AttentionShape, tried: Sequence[Backend], device: torch.device) -> dict[str, Any] | None:
+    """What a timing depends on; None where the device does not say what it is."""
+    try:
+        card = torch.cuda.get_device_name(device)
+    except _REFUSALS:
+        return None
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
+    versions = {"torch": str(torch.__version__), "cudnn": cudnn}
+    return {"card": card, **versions, "tried": list(tried), **asdict(shape)}
+
+
+def _lasting(timings: Sequence[BackendTiming]) -> bool:
+    """Whether they will be the same next time: not if a kernel found no memory, beside other work perhaps."""
+    ran = any(timing.milliseconds is not None for timing in timings)
+    return ran and not any("memory" in timing.refusal.lower() for timing in timings)
 
 
 def preferred(timings: Sequence[BackendTiming]) -> Backend:

@@ -10,10 +10,11 @@ from typing import get_args
 
 import torch
 
-from trainer.attention_choice import BackendTiming, choose_backend, summary
+from trainer.attention_choice import choose_backend, summary
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
+from trainer.kept_timings import BackendTiming
 from trainer.matrix_rate import matrix_rate
 from trainer.memory import USABLE_SHARE, chosen_micro_tokens, default_micro_tokens, peak_memory_bytes
 from trainer.model.attention_backends import Backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.attention_choice import AttentionShape, BackendTiming, choose_backend, preferred, random_segments, summary
+from trainer import attention_choice
+from trainer.attention_choice import AttentionShape, choose_backend, preferred, random_segments, summary
 from trainer.config import AttentionBackend, ModelConfig
 from trainer.errors import InputError
 from trainer.evaluation_attention import use_best_backend, wants_boundaries
+from trainer.kept_timings import BackendTiming
 from trainer.model import attention_backends
 from trainer.model.attention_backends import Backend, Segments, attention_of, could_run, segments_of
 from trainer.model.gpt import GPT
@@ -272,6 +275,65 @@ class TestChoice:
         assert all("Error: " in timing.refusal and "\n" not in timing.refusal for timing in timings)
         with pytest.raises(InputError, match=r"attention_backend flash cannot run here: \w*Error: .*; give auto"):
             choose_backend("flash", DENSE, rows=2, time=64, device=nowhere)
+
+    def test_what_was_measured_is_kept_for_the_next_run_on_such_a_card(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("CADDIE_CACHE", str(tmp_path / "cache"))
+        card, needed = "a card", {"flash": 2.0, "cudnn": 1.0, "plain": 3.0}
+        measured: list[str] = []
+
+        def timing(backend: Backend, _shape: AttentionShape, _device: torch.device) -> BackendTiming:
+            measured.append(backend)
+            return BackendTiming(backend=backend, milliseconds=needed.get(backend), refusal="")
+
+        def choose(rows: int = 2) -> tuple[Backend, tuple[BackendTiming, ...], int]:
+            measured.clear()
+            return (*choose_backend("auto", DENSE, rows=rows, time=64, device=CUDA), len(measured))
+
+        monkeypatch.setattr(attention_choice, "timing_of", timing)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: card)
+        chosen, timings, count = choose()
+        assert (chosen, count) == ("cudnn", len(timings))
+        needed["cudnn"] = 9.0  # a busy moment
+        assert choose() == (chosen, timings, 0)
+        assert choose(rows=4)[::2] == ("flash", len(timings))  # another shape
+        card = "another card"
+        assert choose()[::2] == ("flash", len(timings))
+        card = "a card"
+        (first, *_) = files = sorted((tmp_path / "cache" / "attention").iterdir())
+        assert len(files) == 3
+        for broken in (b"", b"{", b'{"key": {}, "timings": []}', first.read_bytes().replace(b"flash", b"flush")):
+            for file in files:
+                file.write_bytes(broken)
+            assert choose()[::2] == ("flash", len(timings))  # measured anew, and kept again
+            assert choose()[2] == 0
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("CADDIE_CACHE", str(tmp_path / "file"))
+        assert choose()[::2] == choose()[::2] == ("flash", len(timings))
+
+    def test_a_measurement_without_memory_or_without_a_result_is_not_kept(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("CADDIE_CACHE", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+        for milliseconds, refusal in ((1.0, "OutOfMemoryError: CUDA out of memory"), (None, "RuntimeError: no kernel")):
+
+            def timing(
+                backend: Backend,
+                _shape: AttentionShape,
+                _device: torch.device,
+                milliseconds: float | None = milliseconds,
+                refusal: str = refusal,
+            ) -> BackendTiming:
+                runs = backend == "plain"
+                return BackendTiming(
+                    backend=backend, milliseconds=milliseconds if runs else None, refusal="" if runs else refusal
+                )
+
+            monkeypatch.setattr(attention_choice, "timing_of", timing)
+            choose_backend("auto", DENSE, rows=2, time=64, device=CUDA)
+            assert not list(tmp_path.iterdir())
 
     def test_the_shape_is_the_models(self) -> None:
         shape = AttentionShape.of(BY_DOCUMENT, rows=3, time=9)

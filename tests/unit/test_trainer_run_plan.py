@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from small_data_set import make_data_set
-from trainer.attention_choice import BackendTiming
 from trainer.batch_feed import BatchFeed, open_loader
 from trainer.clock import TrainingClock
 from trainer.config import BatchConfig, TrainConfig
 from trainer.data.loader import Batch
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
+from trainer.kept_timings import BackendTiming
 from trainer.memory import USEFUL_MICRO_TOKENS, fitting_micro_tokens, peak_memory_bytes
 from trainer.memory_remedy import evaluation_remedy, micro_batch_remedy
 from trainer.pace import Pace, peak_memory
