@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from statistics import median
 
 from trainer.config import TrainConfig
@@ -79,16 +80,37 @@ def measure(config: TrainConfig, device_name: str) -> dict[str, float]:
     return found
 
 
+def by_function() -> list[tuple[str, int, float]]:
+    """Of this process: each compiled function, how many graphs it has, and the seconds of their forward and backward
+    passes together."""
+    from torch._dynamo.utils import get_compilation_metrics  # noqa: PLC0415
+
+    names: dict[str | None, str] = {}
+    graphs: dict[str, set[str | None]] = defaultdict(set)
+    seconds: dict[str, float] = defaultdict(float)
+    for metrics in get_compilation_metrics():
+        if metrics.co_name is not None:
+            names[metrics.compile_id] = metrics.co_name
+        name = names.get(metrics.compile_id, "?")  # a backward pass knows its graph's number alone
+        graphs[name].add(metrics.compile_id)
+        seconds[name] += metrics.entire_frame_compile_time_s or metrics.inductor_compile_time_s or 0.0
+    return sorted(((name, len(graphs[name]), seconds[name]) for name in graphs), key=lambda row: -row[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="recommended")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scopes", nargs="+", default=["layer", "pass"], choices=["layer", "pass"])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="Also the seconds by compiled function.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(measure(configuration(asked.preset, asked.one, small=asked.small), asked.device)))
+        found = measure(configuration(asked.preset, asked.one, small=asked.small), asked.device)
+        for name, graphs, seconds in by_function() if asked.graphs else ():
+            print(f"  {seconds:6.1f} s in {graphs} graphs of {name}", file=sys.stderr, flush=True)
+        print(json.dumps(found))
         return
     print("scope  cache  first passes s  graphs  step ms  looped ms    GB")
     for scope in asked.scopes:
@@ -105,6 +127,7 @@ def main() -> None:
                     scope,
                 ]
                 command += ["--device", asked.device, *(["--small"] if asked.small else [])]
+                command += ["--graphs"] if asked.graphs else []
                 environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
                 done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
                 found = json.loads(done.stdout.splitlines()[-1])

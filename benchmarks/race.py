@@ -7,7 +7,7 @@ Tokenizer and shards are made from the text first (once a vocabulary, in DIR/dat
 many seconds of training clock, validated by plain windows, exported, and scored from the artifact's bytes in a process
 of its own. A line tells, in this order: the final score of the weights as trained, of their average, and of the
 artifact, with its bytes; train loss over the last twentieth of the run, tokens, epochs; tokens per second with the loop
-off and on; MFU, memory; seconds of the training clock, and of the whole command but for it.
+off and on; MFU, memory; seconds of the training clock, and of the whole command but for it, and what those went into.
 
 DIR/curves.jsonl gets one object for each run, for `benchmarks.race_plot`: name, seed, and the validation curve.
 """
@@ -160,6 +160,8 @@ def tell(name: str, run: Run, export: tuple[ExportResult, EvaluateResult] | None
         f"{run.outside_seconds:.1f} s | params {result.params:,} recompiles {result.recompiles}",
         flush=True,
     )
+    phases = (f"{what} {seconds:.1f} s" for what, seconds in (result.wall_phases or {}).items())
+    print(f"  the training process: {', '.join(phases)}", flush=True)
 
 
 def main() -> None:
