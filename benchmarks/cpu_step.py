@@ -22,7 +22,7 @@ from torch import Tensor
 from agent.adapters.spec_yaml import load_spec
 from benchmarks.plain_loop import PlainGPT, PlainOptimizers
 from trainer.config import TrainConfig
-from trainer.model.eager import bfloat16_products, rounded_inputs
+from trainer.model.eager import bfloat16_products, has_bfloat16_units
 from trainer.model.gpt import GPT
 from trainer.model.recurrence import execution_order
 from trainer.optim import Optimizers
@@ -56,11 +56,10 @@ def compare(title: str, config: TrainConfig, *, steps: int, looped: bool) -> Non
 
     def our_step(inputs: Tensor, targets: Tensor, number: int) -> float:
         torch.set_flush_denormal(True)  # as the trainer's own loop does
-        with bfloat16_products(config.cpu_products == "bfloat16"):
+        with bfloat16_products(config.cpu_matmul_precision == "bfloat16" and has_bfloat16_units()):
             loss = ours(inputs, targets)
             loss.backward()
-            with rounded_inputs():
-                optimizers.step(number, 1.0)
+            optimizers.step(number, 1.0)
         return float(loss.detach())
 
     def plain_step(inputs: Tensor, targets: Tensor, number: int) -> float:
@@ -81,7 +80,7 @@ def compare(title: str, config: TrainConfig, *, steps: int, looped: bool) -> Non
                 kept.append(needed)
     own, other = (median(kept) for kept in seconds)
     print(f"{title:<20} {1e3 * own:10.1f} {1e3 * other:10.1f} {other / own:8.2f} {furthest:12.1e}", flush=True)
-    if furthest > (bound := _LOSSES_TOGETHER[config.cpu_products]):
+    if furthest > (bound := _LOSSES_TOGETHER[config.cpu_matmul_precision]):
         sys.exit(f"{title}: the losses part by {furthest:.1e} nats, more than {bound}")
 
 
@@ -99,7 +98,7 @@ def main() -> None:
         spec = load_spec(path)
         config = spec.train_config(spec.seeds[0])
         if asked.products is not None:
-            config = config.model_copy(update={"cpu_products": asked.products})
+            config = config.model_copy(update={"cpu_matmul_precision": asked.products})
         compare(spec.name, config, steps=asked.steps, looped=False)
         if config.model.recurrence is not None:
             compare(f"{spec.name}, looped", config, steps=asked.steps, looped=True)

@@ -147,7 +147,7 @@ def run(name: str, config: TrainConfig, data: Path, out: Path, threads: int) -> 
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT_SECONDS,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "CADDIE_CACHE": str(folder / "cache")},
         )
     except subprocess.TimeoutExpired:
         return Outcome(seconds=time.monotonic() - began, error=f"no end after {_TIME_LIMIT_SECONDS:g} s")

@@ -4,9 +4,10 @@
         [--seeds 1337 42] [--preset recommended] [--only NAME ...]
 
 VARIANTS.yaml maps names to the `section.key: value` settings that they change; the first one is what the others are
-held against. DIR/runs.jsonl keeps every finished run, and what is there is not run again: so a sweep may take several
-sittings, on one kind of card. A difference is called unresolved if it is less than two standard deviations of a seed,
-pooled over the variants.
+held against. DIR/runs.jsonl keeps every finished run, and what is there is not run again, if it had the same
+configuration (else the sweep stops): so it may take several calls, on one kind of card. A difference of two means is
+called unresolved if it is less than two of its standard errors, from the standard deviation of a seed pooled over the
+variants; with two seeds each that is two standard deviations of a seed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
@@ -26,12 +28,14 @@ from benchmarks.race import Run, configuration, prepared, trained
 Row = Mapping[str, Any]
 
 
-def said(name: str, seed: int, run: Run) -> Row:
+def row_of(name: str, seed: int, run: Run) -> Row:
     result = run.result
     return {
         "name": name,
         "seed": seed,
         "device": run.header.device,
+        "config": run.header.config.model_dump(mode="json"),
+        "val_sha256": run.header.val_sha256,
         "raw": result.val_bpb,
         "average": result.averaged_val_bpb,
         "val": result.val_loss,
@@ -47,7 +51,7 @@ def said(name: str, seed: int, run: Run) -> Row:
     }
 
 
-def best(row: Row) -> float:
+def best_score(row: Row) -> float:
     """The score that counts: the better one of the weights as trained and of their average."""
     return min(row["raw"], math.inf if row["average"] is None else row["average"])
 
@@ -64,7 +68,7 @@ def seed_deviation(groups: Sequence[Sequence[float]]) -> float:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, variants in the order of their first runs."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    scores = {name: [best(row) for row in rows if row["name"] == name] for name in names}
+    scores = {name: [best_score(row) for row in rows if row["name"] == name] for name in names}
     deviation = seed_deviation(list(scores.values()))
     lines = [
         f"seed standard deviation {deviation:.4f} BPB",
@@ -107,11 +111,10 @@ def main() -> None:
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for seed in asked.seeds:  # seed by seed, so that a sweep which is cut off has every variant once
         for name, changes in variants.items():
-            if (asked.only and name not in asked.only) or any((r["name"], r["seed"]) == (name, seed) for r in rows):
+            if asked.only and name not in asked.only:
                 continue
             settings = dict(changes or {})
             vocab_size = settings.pop("model.vocab_size", 4096)
-            data = prepared(asked.train, asked.val, asked.out / f"data-{vocab_size}", vocab_size)
             how = argparse.Namespace(
                 preset=asked.preset,
                 seconds=asked.seconds,
@@ -119,7 +122,14 @@ def main() -> None:
                 vocab_size=vocab_size,
                 set=[f"{path}={json.dumps(value)}" for path, value in settings.items()],
             )
-            row = said(name, seed, trained(configuration(how, seed), data, asked.out / f"{name}-{seed}", 1))
+            config = configuration(how, seed)
+            known = next((row for row in rows if (row["name"], row["seed"]) == (name, seed)), None)
+            if known is not None:
+                if known["config"] != config.model_dump(mode="json"):
+                    sys.exit(f"{kept} has {name}@{seed} with another configuration; give another --out, or name")
+                continue
+            data = prepared(asked.train, asked.val, asked.out / f"data-{vocab_size}", vocab_size)
+            row = row_of(name, seed, trained(config, data, asked.out / f"{name}-{seed}", 1))
             rows.append(row)
             with kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -127,6 +137,8 @@ def main() -> None:
                 f"{name}@{seed}: raw {row['raw']:.4f} average {row['average']} outside {row['outside']:.1f} s",
                 flush=True,
             )
+    if len(cards := {row["device"] for row in rows}) > 1:
+        sys.exit(f"{kept} has runs of {' and '.join(sorted(cards))}, which are not compared")
     order = list(variants)
     print(table(sorted((row for row in rows if row["name"] in variants), key=lambda row: order.index(row["name"]))))
 

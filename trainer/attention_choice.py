@@ -20,7 +20,16 @@ from torch import Tensor
 from trainer.config import AttentionBackend, ModelConfig
 from trainer.errors import InputError
 from trainer.kept_timings import BackendTiming, keep, recall
-from trainer.model.attention_backends import BACKENDS, Attend, Backend, Segments, attention_of, could_run, segments_of
+from trainer.model.attention_backends import (
+    BACKENDS,
+    Attend,
+    Backend,
+    Segments,
+    attention_of,
+    could_run,
+    flash3_version,
+    segments_of,
+)
 
 _WARM_RUNS, _TIMED_RUNS = 3, 7
 # Of documents in the measurement: about what English web text has in tokens of a 4,096 vocabulary.
@@ -86,14 +95,13 @@ def _key(shape: AttentionShape, tried: Sequence[Backend], device: torch.device) 
     except _REFUSALS:
         return None
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
-    versions = {"torch": str(torch.__version__), "cudnn": cudnn}
+    versions = {"torch": str(torch.__version__), "cudnn": cudnn, "flash_attn_interface": flash3_version()}
     return {"card": card, **versions, "tried": list(tried), **asdict(shape)}
 
 
 def _lasting(timings: Sequence[BackendTiming]) -> bool:
-    """Whether they will be the same next time: not if a kernel found no memory, beside other work perhaps."""
-    ran = any(timing.milliseconds is not None for timing in timings)
-    return ran and not any("memory" in timing.refusal.lower() for timing in timings)
+    """Whether they will be the same next time. A kernel that refused may have lacked memory or a compiler just now."""
+    return all(timing.milliseconds is not None for timing in timings)
 
 
 def preferred(timings: Sequence[BackendTiming]) -> Backend:
@@ -111,7 +119,7 @@ def summary(chosen: Backend, timings: tuple[BackendTiming, ...]) -> str:
         f"{timing.backend}:{'none' if timing.milliseconds is None else f'{timing.milliseconds:.2f}ms'}"
         for timing in timings
     )
-    return " ".join((chosen, *told))
+    return " ".join((chosen, *told, *(["kept"] if any(timing.kept for timing in timings) else [])))
 
 
 def timing_of(backend: Backend, shape: AttentionShape, device: torch.device) -> BackendTiming:

@@ -9,7 +9,7 @@ from typing import Any, get_origin, get_type_hints
 
 from torch import Tensor
 
-from trainer.config import TrainConfig
+from trainer.config import NOT_LEARNT, TrainConfig
 from trainer.model_file import CheckpointError, keep_newest, load_whole, newest_first, require_shapes, save_whole
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,8 @@ def config_of(path: Path, checkpoint: Checkpoint) -> TrainConfig:
 
 def _check_same_config(path: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
     theirs = config_of(path, checkpoint)
-    difference = first_difference(theirs.model_dump(mode="json"), config.model_dump(mode="json"))
+    was, asked_for = (which.model_dump(mode="json", exclude=set(NOT_LEARNT)) for which in (theirs, config))
+    difference = first_difference(was, asked_for)
     if difference is not None:
         field, was, asked = difference
         raise OtherConfigurationError(

@@ -118,6 +118,11 @@ class ExportConfig(Section):
 
 CompileScope = Literal["pass", "layer"]
 
+NOT_LEARNT = frozenset(
+    {"compile", "compile_scope", "attention_backend", "log_every_steps", "checkpoint_seconds", "checkpoints_kept"}
+)
+"""Settings that say how a run is computed, logged and kept, and not what it learns: a resumed run may have others."""
+
 
 class TrainerSettings(Section):
     """Everything about a run that a spec's `trainer:` section says; seed and limits come from the spec itself.
@@ -149,9 +154,9 @@ class TrainerSettings(Section):
         default="layer",
         description="What one graph holds: a layer, whose graph serves all layers and the loop, or a whole pass.",
     )
-    cpu_products: Literal["float32", "bfloat16"] = Field(
+    cpu_matmul_precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Inputs of a training step's matrix products on a CPU: bfloat16 where it has units for them (AMX).",
+        description="Inputs of matrix products in uncompiled training steps on a CPU; bfloat16 acts with AMX alone.",
     )
     attention_backend: AttentionBackend = Field(
         default="auto", description="Kernel of the attention; auto: on CUDA the fastest of those that are there."

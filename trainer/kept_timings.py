@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class BackendTiming:
     backend: Backend
     milliseconds: float | None
     refusal: str = ""
+    kept: bool = False
+    """Whether it was measured by an earlier run."""
 
 
 class _File(BaseModel):
@@ -53,7 +55,7 @@ def recall(key: Mapping[str, Any]) -> tuple[BackendTiming, ...] | None:
         file = _File.model_validate_json(_path(key).read_bytes())
     except (OSError, RuntimeError, ValidationError):  # no file, no home, or not one of ours
         return None
-    return file.timings if file.key == dict(key) else None
+    return tuple(replace(timing, kept=True) for timing in file.timings) if file.key == dict(key) else None
 
 
 def keep(key: Mapping[str, Any], timings: tuple[BackendTiming, ...]) -> None:

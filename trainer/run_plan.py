@@ -18,6 +18,7 @@ from trainer.kept_timings import BackendTiming
 from trainer.matrix_rate import matrix_rate
 from trainer.memory import USABLE_SHARE, chosen_micro_tokens, default_micro_tokens, peak_memory_bytes
 from trainer.model.attention_backends import Backend
+from trainer.model.eager import has_bfloat16_units
 from trainer.ranks import ALONE, Ranks
 from trainer.report import Event
 
@@ -63,6 +64,12 @@ class RunPlan:
     @property
     def compiled(self) -> bool:
         return self.device.type == "cuda" if self.config.compile is None else self.config.compile
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether matrix products of a training step round their inputs: uncompiled, on a CPU that gains by it."""
+        asked = self.config.cpu_matmul_precision == "bfloat16"
+        return asked and self.device.type == "cpu" and not self.compiled and has_bfloat16_units()
 
     @property
     def micro_global(self) -> int:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from trainer import schedules
 from trainer.flops import train_flops_per_token
-from trainer.model.eager import bfloat16_products, rounded_inputs
+from trainer.model.eager import bfloat16_products
 from trainer.run_state import RunState
 
 
 def take_step(state: RunState, done: float) -> Tensor:
     """Train on the next batch, at progress `done`; `state` counts it. The mean nats per token over all processes,
     whatever is minimised, 0-d and still on the device."""
-    with bfloat16_products(state.plan.config.cpu_products == "bfloat16"):
+    with bfloat16_products(state.plan.rounds_products):
         return _take_step(state, done)
 
 
@@ -29,12 +29,11 @@ def _take_step(state: RunState, done: float) -> Tensor:
         torch.autograd.backward(objective / micro_batches)
         nats += mean_nats / micro_batches
     plan.ranks.mean_(nats)
-    with rounded_inputs():
-        state.optimizers.step(
-            state.optimizer_steps,
-            schedules.lr_multiplier(done, state.step, config.schedule, config.limits, config.batch.train_batch_tokens),
-            schedules.weight_decay_multiplier(done, config.optimizer),
-        )
+    state.optimizers.step(
+        state.optimizer_steps,
+        schedules.lr_multiplier(done, state.step, config.schedule, config.limits, config.batch.train_batch_tokens),
+        schedules.weight_decay_multiplier(done, config.optimizer),
+    )
     state.step += 1
     state.optimizer_steps += 1
     state.tokens += tokens

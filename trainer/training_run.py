@@ -248,7 +248,7 @@ class TrainingRun:
         # A model file has its loop on or off: half a gate would score otherwise when it is loaded.
         whole = not state.model.recurrence_active or state.loop_gate >= 1.0
         if self._config.averaging.snapshots and whole and self._plan.ranks.first:
-            with state.clock.paused():
+            with state.clock.paused(), state.wall.spent("saving"):
                 self._keep_snapshot(score)
         return score
 

@@ -76,7 +76,7 @@ def build_passes(
     # The default of 8 graphs a function is fewer than the switches need, and a full-graph function past it is an error.
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     if backend == "inductor":
-        _settle_inductor()
+        _configure_inductor()
     compiling = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     token_losses: Callable[..., Tensor] = model.token_losses
     if scope == "layer":
@@ -110,7 +110,7 @@ def _with_itself(mean_loss: Callable[..., Tensor]) -> TrainingLoss:
     return loss
 
 
-def _settle_inductor() -> None:
+def _configure_inductor() -> None:
     """What Inductor does by default and should not do here, where this torch has a switch for it."""
     from torch._inductor import config as inductor_config  # noqa: PLC0415 - seconds, and only compiled runs need it
 

@@ -268,8 +268,13 @@ def _instant(text: str) -> datetime | None:
 
 
 def _means_the_same(stored: str, spec: Spec) -> bool:
-    """Whether a spec stored by an older version, which had fewer fields, is this one: what it lacks has its default."""
+    """Whether a spec stored by an older version is this one: fields that it lacks have their default, and the scope of
+    compiled graphs, which was another by default, changes nothing of what is trained."""
     try:
-        return Spec.model_validate_json(stored) == spec
+        known = Spec.model_validate_json(stored)
     except ValueError:  # it was valid once, and is not what arrived
         return False
+    if known.trainer is not None and spec.trainer is not None:
+        scope = {"compile_scope": spec.trainer.compile_scope}
+        known = known.model_copy(update={"trainer": known.trainer.model_copy(update=scope)})
+    return known == spec

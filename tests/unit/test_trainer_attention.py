@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,7 +281,7 @@ class TestChoice:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("CADDIE_CACHE", str(tmp_path / "cache"))
-        card, needed = "a card", {"flash": 2.0, "cudnn": 1.0, "plain": 3.0}
+        card, needed = "a card", {"flash": 2.0, "cudnn": 1.0, "plain": 3.0, "flex": 4.0}
         measured: list[str] = []
 
         def timing(backend: Backend, _shape: AttentionShape, _device: torch.device) -> BackendTiming:
@@ -296,7 +297,10 @@ class TestChoice:
         chosen, timings, count = choose()
         assert (chosen, count) == ("cudnn", len(timings))
         needed["cudnn"] = 9.0  # a busy moment
-        assert choose() == (chosen, timings, 0)
+        again, kept, count = choose()
+        assert (again, count) == (chosen, 0)
+        assert kept == tuple(replace(timing, kept=True) for timing in timings)
+        assert summary(again, kept) == f"{summary(chosen, timings)} kept"
         assert choose(rows=4)[::2] == ("flash", len(timings))  # another shape
         card = "another card"
         assert choose()[::2] == ("flash", len(timings))
@@ -312,28 +316,24 @@ class TestChoice:
         monkeypatch.setenv("CADDIE_CACHE", str(tmp_path / "file"))
         assert choose()[::2] == choose()[::2] == ("flash", len(timings))
 
-    def test_a_measurement_without_memory_or_without_a_result_is_not_kept(
+    def test_a_measurement_in_which_a_kernel_refused_is_not_kept(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
+        """What it lacked it may have the next time."""
         monkeypatch.setenv("CADDIE_CACHE", str(tmp_path))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
-        for milliseconds, refusal in ((1.0, "OutOfMemoryError: CUDA out of memory"), (None, "RuntimeError: no kernel")):
 
-            def timing(
-                backend: Backend,
-                _shape: AttentionShape,
-                _device: torch.device,
-                milliseconds: float | None = milliseconds,
-                refusal: str = refusal,
-            ) -> BackendTiming:
-                runs = backend == "plain"
-                return BackendTiming(
-                    backend=backend, milliseconds=milliseconds if runs else None, refusal="" if runs else refusal
-                )
+        def timing(backend: Backend, _shape: AttentionShape, _device: torch.device) -> BackendTiming:
+            refuses = backend == "flex"
+            return BackendTiming(
+                backend=backend,
+                milliseconds=None if refuses else 1.0,
+                refusal="OutOfMemoryError: CUDA out of memory" if refuses else "",
+            )
 
-            monkeypatch.setattr(attention_choice, "timing_of", timing)
-            choose_backend("auto", DENSE, rows=2, time=64, device=CUDA)
-            assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(attention_choice, "timing_of", timing)
+        choose_backend("auto", DENSE, rows=2, time=64, device=CUDA)
+        assert not list(tmp_path.iterdir())
 
     def test_the_shape_is_the_models(self) -> None:
         shape = AttentionShape.of(BY_DOCUMENT, rows=3, time=9)

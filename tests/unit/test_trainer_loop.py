@@ -36,6 +36,7 @@ from trainer.errors import InputError
 from trainer.evaluation import ValidationStream, evaluate
 from trainer.interruption import StopAskedError, StopRequest
 from trainer.loop import train
+from trainer.model.eager import has_bfloat16_units
 from trainer.model.gpt import GPT
 from trainer.model_file import CheckpointError, load_model
 from trainer.optim import Optimizers
@@ -659,10 +660,11 @@ def test_products_with_rounded_inputs_train_alike_and_score_unrounded(
 ) -> None:
     curves = {}
     for products in ("float32", "bfloat16"):
-        code, lines = run(config(cpu_products=products), data, tmp_path / products, capsys)
+        code, lines = run(config(cpu_matmul_precision=products), data, tmp_path / products, capsys)
         assert code is ExitCode.OK
         curves[products] = losses(lines)
     assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=1e-2)
+    assert (curves["bfloat16"] != curves["float32"]) == has_bfloat16_units()
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
     dataset, model = DataSet.load(data), load_model(tmp_path / "bfloat16" / "model.pt", "cpu").model
     scored = evaluate(model.token_losses, ValidationStream.load(dataset), seq_len=16, batch_tokens=64, device="cpu")

@@ -51,6 +51,19 @@ def test_what_an_h100_showed_is_predicted_within_a_tenth(preset: str, micro_toke
     assert 0.9 * seen <= peak_memory_bytes(asked) <= 1.1 * seen
 
 
+@pytest.mark.parametrize(
+    ("asked", "seen"),
+    [
+        ({"preset": "recommended", "batch": {"train_batch_tokens": 65536, "micro_batch_tokens": 65536}}, 23.28e9),
+        ({"preset": "recommended", "batch": {"train_batch_tokens": 131072, "micro_batch_tokens": 131072}}, 45.06e9),
+        ({"preset": "baseline", "model": {"vocab_size": 4096}, "batch": {"micro_batch_tokens": 65536}}, 12.14e9),
+    ],
+)
+def test_so_are_runs_that_nothing_was_fitted_to(asked: dict[str, Any], seen: float) -> None:
+    predicted = peak_memory_bytes(TrainConfig.model_validate(asked | {"limits": {"steps": 3}}))
+    assert 0.9 * seen <= predicted <= 1.1 * seen
+
+
 def test_the_terms_are_the_peak_and_the_weights_are_counted_by_hand() -> None:
     whole = nine_layers()
     terms = memory_terms(whole, 65536)

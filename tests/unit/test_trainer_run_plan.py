@@ -265,3 +265,26 @@ def test_pace_is_of_the_stretch_since_the_last_line_and_mfu_of_all_devices(datas
 def test_peak_memory_is_in_bytes() -> None:
     """Of a process that has torch in it, on this machine."""
     assert 5e7 < peak_memory(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("precision", "units", "compiled", "rounds"),
+    [
+        ("bfloat16", True, None, True),
+        ("float32", True, None, False),
+        ("bfloat16", False, None, False),
+        ("bfloat16", True, True, False),
+    ],
+)
+def test_products_round_where_that_is_asked_for_and_gains(
+    dataset: DataSet,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    precision: str,
+    units: bool,
+    compiled: bool | None,
+    rounds: bool,
+) -> None:
+    monkeypatch.setattr("trainer.run_plan.has_bfloat16_units", lambda: units)
+    asked = config(cpu_matmul_precision=precision, compile=compiled)
+    assert RunPlan.make(asked, dataset, torch.device("cpu")).rounds_products == rounds

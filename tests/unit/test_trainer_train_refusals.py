@@ -16,7 +16,7 @@ from small_data_set import make_data_set
 from tiny_training import PLAIN, Settings, losses, run, settings, stop_at_step
 from trainer.__main__ import app
 from trainer.config import TrainConfig
-from trainer.report import Event, ExitCode
+from trainer.report import Event, ExitCode, Header
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,12 @@ def test_a_run_is_resumed_with_its_own_configuration_only(
     told = refusal(settings(PLAIN, optimizer={"matrix_lr": 0.5}), data, out, "--resume", asked)
     assert "step_00000003.pt" in told
     assert "optimizer.matrix_lr was 0.04, now it is 0.5" in told
+    # How it is computed, logged and kept may change.
+    other = settings(PLAIN, compile_scope="pass", log_every_steps=3, checkpoints_kept=5)
+    code, lines = run(other, data, out, capsys, resume=str(asked))
+    assert code is ExitCode.OK
+    assert isinstance(lines[0], Header)
+    assert lines[0].resumed_step == 3
 
 
 def test_a_branch_keeps_the_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from trainer.config import ModelConfig
 from trainer.model.attention_backends import Attend
-from trainer.model.eager import NormedTurned, eager_cpu, linear
+from trainer.model.eager import RmsNormRope, eager_cpu, linear
 from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
 from trainer.parameters import GATE_WIDTH
@@ -53,10 +53,10 @@ def apply_rope(x: Tensor, tables: RopeTables) -> Tensor:
     return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 
 
-def normed_turned(x: Tensor, tables: RopeTables, gain: Tensor | None = None) -> Tensor:
+def rms_norm_rope(x: Tensor, tables: RopeTables, gain: Tensor | None = None) -> Tensor:
     """RMS norm over each head of `x` (batch, time, heads, head_dim), RoPE, and `gain` (heads,) if it is given."""
     if eager_cpu(x):
-        found: Tensor = NormedTurned.apply(x, *tables, gain)  # type: ignore[no-untyped-call]  # torch's own
+        found: Tensor = RmsNormRope.apply(x, *tables, gain)  # type: ignore[no-untyped-call]  # torch's own
         return found
     turned = apply_rope(rms_norm(x), tables)
     return turned if gain is None else turned * gain.to(x.dtype).unsqueeze(1)
@@ -132,8 +132,8 @@ class CausalSelfAttention(nn.Module):
             v = v + adapters.v(x).view(v.shape)
         if self.value_scale is not None and shared.values is not None:
             v = torch.addcmul(v, shared.values.view(v.shape), self.value_scale.to(x.dtype))
-        q = normed_turned(q, shared.tables, self.q_gain)
-        k = normed_turned(k, shared.tables)
+        q = rms_norm_rope(q, shared.tables, self.q_gain)
+        k = rms_norm_rope(k, shared.tables)
         attended = shared.attend(q, k, v)
         if self.exclusive:
             attended = without_own_value(attended, v)

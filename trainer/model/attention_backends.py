@@ -39,6 +39,12 @@ _FLASH3: ModuleType | None = None
 with suppress(ImportError):
     _FLASH3 = import_module("flash_attn_interface")
 
+
+def flash3_version() -> str | None:
+    """Of the package, as it says; None if it is not installed, or does not say."""
+    return getattr(_FLASH3, "__version__", None)
+
+
 _DENSE_ONLY: frozenset[Backend] = frozenset({"cudnn", "flex"})
 
 

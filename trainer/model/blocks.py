@@ -19,8 +19,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +60,10 @@ class BlockWeights(NamedTuple):
     proj: Tensor
 
 
-Prepare = Callable[..., Tensor]
-"""A float32 weight (out, in), and perhaps a scale (out,) of its rows -> the matrix that a pass multiplies with."""
+class Prepare(Protocol):
+    """A float32 weight (out, in), and perhaps a scale (out,) of its rows -> the matrix that a pass multiplies with."""
+
+    def __call__(self, weight: Tensor, row_scale: Tensor | None = None, /) -> Tensor: ...
 
 
 class Mlp(nn.Module):

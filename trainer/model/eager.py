@@ -3,9 +3,9 @@
 A compiler fuses these formulas by itself; eager torch goes over memory once for each operation in them, and a CPU is
 slowest there. So here they are `torch.autograd.Function`s, exact in both directions, and plain formulas elsewhere.
 
-Within `bfloat16_products` matrix products of float32 tensors may round their inputs to bfloat16, as passes on CUDA do:
-a CPU with units for that (AMX) is three to four times as fast, another computes in float32 as before. Attention is left
-out: in its small blocks torch's kernel loses by it.
+Within `bfloat16_products` large matrix products of float32 tensors round their inputs to bfloat16, as passes on CUDA
+do, which a CPU with units for that (`has_bfloat16_units`) computes two to four times as fast. Attention is left out: in
+its small blocks torch's kernel loses by it; so are gates and all of the optimiser but Newton-Schulz.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from trainer.model.norm import EPS
@@ -26,7 +26,13 @@ _ROUNDED: ContextVar[bool] = ContextVar("bfloat16_products", default=False)
 
 def eager_cpu(x: Tensor) -> bool:
     """Whether `x` is on a CPU, and no compiler looks on."""
-    return not (x.is_cuda or torch.compiler.is_compiling())
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has AMX. One without it would emulate bfloat16, and lose a tenth."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return known is not None and bool(known())
 
 
 @contextmanager
@@ -73,6 +79,7 @@ class _RoundedLinear(torch.autograd.Function):
             return functional.linear(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         (gradient,) = upstream
@@ -84,7 +91,7 @@ class _RoundedLinear(torch.autograd.Function):
             )
 
 
-class NormedTurned(torch.autograd.Function):
+class RmsNormRope(torch.autograd.Function):
     """gain * R x r with r = 1 / sqrt(mean(x^2) + eps), over heads `x` (batch, time, heads, head_dim).
 
     R turns the first 2 * half dimensions by `cos` and `sin` (time, 1, half) in the half-split layout. `gain` (heads,)
@@ -104,6 +111,7 @@ class NormedTurned(torch.autograd.Function):
         return turned
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin, inverse, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         gradient = _turn(upstream[0], cos, -sin)
@@ -135,6 +143,7 @@ class SquaredLeakyReLU(torch.autograd.Function):
         return leaky.square()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (leaky,) = ctx.saved_tensors  # type: ignore[attr-defined]
         slope: float = ctx.slope  # type: ignore[attr-defined]

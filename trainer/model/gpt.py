@@ -27,6 +27,7 @@ from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import PassContext, Projection, RopeTables, rope_tables
 from trainer.model.attention_backends import Backend, attention_of, document_ids, segments_of
 from trainer.model.blocks import Block, BlockWeights
+from trainer.model.eager import linear
 from trainer.model.head import PLAIN, LossTerms
 from trainer.model.input_statistics import InputCovariance
 from trainer.model.norm import rms_norm
@@ -185,7 +186,7 @@ class GPT(nn.Module):
         x = functional.embedding(inputs, table).to(self.compute_dtype)
         if self.value_inputs is not None:
             self.value_inputs.observe(x)
-        return functional.linear(x, self._prepared(self.value_proj.weight))
+        return linear(x, self._prepared(self.value_proj.weight))
 
     def _begin(self, inputs: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """(batch, time) -> the input embedding, the projected value embedding, if any, and the head's weight."""

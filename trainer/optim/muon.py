@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.eager import rounded_inputs
 from trainer.optim.input_aware import InputRoots, OptimizerStateError, with_orthogonal_norm
 from trainer.optim.newton_schulz import Coefficients, Orthogonalize, orthogonalize, unit_rows
 from trainer.ranks import ALONE, Ranks
@@ -128,7 +129,8 @@ class Muon:
         """(slice, rows, columns) to directions of that shape."""
         if self._inputs is None:
             transposed = batch.own_transposed if self._row_normalize else None
-            return self._iteration(nesterov, self._backend_steps, self._coefficients, transposed)
+            with rounded_inputs():  # the iteration alone: roots of covariances need their float32
+                return self._iteration(nesterov, self._backend_steps, self._coefficients, transposed)
         if self._row_normalize:
             nesterov = unit_rows(nesterov, batch.own_transposed)
         # A matrix that only fills up the slice is zero, whatever root it gets.
