@@ -59,7 +59,7 @@ class Card:
             self._changed.notify_all()
 
 
-def configuration(preset: str, micro_tokens: int, scope: str) -> TrainConfig:
+def configuration(preset: str, micro_tokens: int, scope: str = "layer") -> TrainConfig:
     config = TrainConfig.model_validate(
         {"preset": preset, "limits": LimitsConfig(steps=_STEPS), "compile_scope": scope}
     )
@@ -182,7 +182,7 @@ def main() -> int:
 
 
 def _predicted(kind: tuple[str, int]) -> int:
-    return peak_memory_bytes(configuration(*kind, scope="pass"))
+    return peak_memory_bytes(configuration(*kind))
 
 
 def tell(row: Row, context: int) -> bool:

@@ -106,7 +106,7 @@ class TrainingRun:
                 self._validate_if_due()
                 if self._checkpoint_is_due:
                     self._save_if_possible()
-            state.clock.synchronize()
+            state.clock.synchronize()  # the last step is training still
             state.wall.lap("training")
             if state.done < 1.0:
                 return self._interrupted()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_STAT = Path("/proc/self/stat")
+
 
 class WallTime:
     """Seconds by name. Phases follow one another (`lap`) or lie within others, whose seconds they then lessen
@@ -49,7 +51,7 @@ class WallTime:
 def process_age() -> float:
     """Seconds that this process has lived, its imports included; 0 where there is no Linux to tell."""
     try:
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = _STAT.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the boot
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError, IndexError, ValueError):

@@ -16,6 +16,7 @@ from trainer.config import ModelConfig, OptimizerConfig
 from trainer.model.attention import RopeTables, apply_rope, rms_norm_rope, rope_tables
 from trainer.model.blocks import activate
 from trainer.model.eager import (
+    EPS,
     RmsNormRope,
     SquaredLeakyReLU,
     bfloat16_products,
@@ -25,7 +26,6 @@ from trainer.model.eager import (
     rounded_inputs,
 )
 from trainer.model.gpt import GPT
-from trainer.model.norm import EPS
 from trainer.optim import Optimizers
 
 

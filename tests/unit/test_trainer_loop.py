@@ -8,7 +8,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer import training_run, validating
 from trainer.batch_feed import BatchFeed, open_loader
 from trainer.checkpoint import Checkpoint, checkpoints_in, save_checkpoint
 from trainer.clock import TrainingClock
@@ -41,6 +43,7 @@ from trainer.model.gpt import GPT
 from trainer.model_file import CheckpointError, load_model
 from trainer.optim import Optimizers
 from trainer.report import Event, ExitCode, Header, Line, TrainPoint, TrainResult, ValPoint, parse_line, read_result
+from trainer.wall_time import WallTime
 from trainer.warmup import Passes, build_passes, reachable_switches, warm_up
 
 VOCAB = 300
@@ -321,6 +324,36 @@ def test_the_clock_ends_a_run(data: Path, tmp_path: Path, capsys: pytest.Capture
     assert {"start", "plan", "set_up", "training", "scoring", "ending"} <= phases.keys()
     # What is beside the steps is no part of `training`, and the clock counts little else.
     assert phases["training"] + 0.01 >= result.training_seconds
+
+
+def test_wall_time_knows_scores_from_what_is_saved(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within: list[str] = []
+    done: list[tuple[str, ...]] = []
+    spent = WallTime.spent
+
+    @contextmanager
+    def watched(self: WallTime, name: str) -> Iterator[None]:
+        within.append(name)
+        with spent(self, name):
+            yield
+        within.remove(name)
+
+    def noting(kind: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any, **named: Any) -> Any:
+            done.append((kind, *within))
+            return plain(*given, **named)
+
+        return noted
+
+    monkeypatch.setattr(WallTime, "spent", watched)
+    for where, kind in {"training_run.keep_snapshot": "snapshot", "training_run.save_checkpoint": "checkpoint"}.items():
+        monkeypatch.setattr(f"trainer.{where}", noting(kind, getattr(training_run, where.split(".")[1])))
+    monkeypatch.setattr("trainer.validating.score", noting("score", validating.score))
+    code, _ = run(config(averaging={"snapshots": 2}), data, tmp_path, capsys)
+    assert code is ExitCode.OK
+    assert set(done) == {("snapshot", "saving"), ("checkpoint", "saving"), ("score", "scoring")}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(

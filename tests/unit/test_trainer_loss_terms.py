@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.model import head
+from trainer.model.eager import RmsNorm
 from trainer.model.head import CHUNK_ROWS, PLAIN, LossTerms, _ChunkedLoss, mean_loss, objective
-from trainer.model.norm import _RmsNorm
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
@@ -106,7 +106,7 @@ def test_hand_written_gradients_hold_across_chunks(monkeypatch: pytest.MonkeyPat
 
 
 def test_hand_written_gradients_of_the_norm_are_its_differences() -> None:
-    assert torch.autograd.gradcheck(_RmsNorm.apply, (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True),))
+    assert torch.autograd.gradcheck(RmsNorm.apply, (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True),))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e-3, 1e3])
@@ -114,7 +114,7 @@ def test_they_hold_where_the_norm_is_mostly_its_epsilon(scale: float) -> None:
     """EPS is 1e-7, which outweighs the mean square of rows below 3e-4."""
     x = (torch.randn(3, 5, dtype=torch.float64) * scale).requires_grad_()
     step = max(scale, 1e-4) * 1e-5
-    assert torch.autograd.gradcheck(_RmsNorm.apply, (x,), eps=step, rtol=1e-5, atol=1e-5 / max(scale, 3e-4))
+    assert torch.autograd.gradcheck(RmsNorm.apply, (x,), eps=step, rtol=1e-5, atol=1e-5 / max(scale, 3e-4))
 
 
 @pytest.mark.parametrize("gamma", [0.3, 1.0, 3.0])

@@ -15,9 +15,10 @@ from trainer import sizing
 from trainer.config import ExportConfig, ModelConfig, RecurrenceConfig
 from trainer.model.attention import apply_rope, rope_tables
 from trainer.model.blocks import activate
+from trainer.model.eager import EPS
 from trainer.model.gpt import GPT
 from trainer.model.head import capped_logits, mean_loss, row_losses
-from trainer.model.norm import EPS, rms_norm
+from trainer.model.norm import rms_norm
 from trainer.model.recurrence import execution_order
 from trainer.quantization.fake_quant import fake_quantize
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.shards import BOS
 from trainer.model.adapters import Adapters, BlockAdapters, LowRank
+from trainer.model.eager import EPS
 from trainer.model.gpt import GPT
 from trainer.model.head import LossTerms, capped_logits
 from trainer.model.input_statistics import SAMPLED_ROWS, InputCovariance
-from trainer.model.norm import EPS
 from trainer.parameters import MATRIX_KINDS, parameters
 from trainer.quantization.fake_quant import fake_quantize
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from trainer import wall_time
 from trainer.wall_time import WallTime, process_age
 
 
@@ -52,9 +54,15 @@ def test_what_an_error_ends_is_counted() -> None:
     assert wall.seconds == {"saving": 3.0, "training": 0.0}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
 def test_the_age_of_a_process_begins_before_its_imports() -> None:
     code = "import time; time.sleep(.3); from trainer.wall_time import process_age; print(process_age())"
     told = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.3 <= told < 600
     assert process_age() > told
+
+
+def test_a_system_that_does_not_tell_counts_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wall_time, "_STAT", tmp_path / "stat")
+    assert process_age() == 0.0
+    (tmp_path / "stat").write_text("1 (python) S 1 1")  # fewer fields
+    assert process_age() == 0.0
