@@ -1,10 +1,12 @@
 """Where a training step's time goes, kernel by kernel, and the two numbers it is held against.
 
     python -m benchmarks.step_profile [PRESET] [--set model.model_dim=768 ...] [--micro 65536] [--scope layer]
+        [--times]
 
 One micro-batch of random tokens and the optimiser, compiled, the loop off and on. First the floor: the operations of
 the pass over the measured matrix rate. Then what the device did over some steps: the time in which it ran any kernel,
-the time in which it ran none, and kernels by kind. On a CPU the operators of torch stand for kernels.
+the time in which it ran none, and kernels by kind. On a CPU the operators of torch stand for kernels. With
+--times no kernels are told, and each state of the loop is a JSON line instead (`benchmarks.step_times` reads them).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from trainer.matrix_rate import matrix_rate
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
 from trainer.presets import over_preset
+from trainer.sizing import parameter_count
 from trainer.warmup import build_passes
 
 _WARM_STEPS, _TIMED_STEPS, _PROFILED_STEPS = 4, 8, 3
@@ -82,7 +85,8 @@ class Work:
     floor_seconds: float
 
 
-def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -> None:
+def seconds_a_step(step: Callable[[], None], device: torch.device) -> float:
+    """Mean over some, after others that warm up."""
     for _ in range(_WARM_STEPS):
         step()
     synchronize(device)
@@ -90,7 +94,11 @@ def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -
     for _ in range(_TIMED_STEPS):
         step()
     synchronize(device)
-    seconds = (time.perf_counter() - began) / _TIMED_STEPS
+    return (time.perf_counter() - began) / _TIMED_STEPS
+
+
+def tell(step: Callable[[], None], device: torch.device, work: Work, top: int) -> None:
+    seconds = seconds_a_step(step, device)
     print(
         f"  {1e3 * seconds:.1f} ms a step, {work.tokens / seconds:,.0f} tokens/s; floor of the matrix work "
         f"{1e3 * work.floor_seconds:.1f} ms: MFU {work.floor_seconds / seconds:.1%}"
@@ -136,6 +144,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--top", type=int, default=25)
+    parser.add_argument("--times", action="store_true")
     asked = parser.parse_args()
     config = configuration(asked.preset, asked.set, asked.micro, asked.scope)
     device = choose_device(asked.device, asked_by="--device")
@@ -156,13 +165,31 @@ def main() -> None:
         torch.autograd.backward(loss)
         optimizers.step(0, 1.0)
 
-    print(f"{asked.preset}: {tokens} tokens, {model.attention_backend}, {rate / 1e12:.2f} TFLOP/s measured")
+    if not asked.times:
+        print(f"{asked.preset}: {tokens} tokens, {model.attention_backend}, {rate / 1e12:.2f} TFLOP/s measured")
     for looped in (False, True) if config.model.recurrence is not None else (False,):
         model.set_recurrence(looped)
+        work = Work(
+            tokens=tokens, floor_seconds=tokens * train_flops_per_token(config.model, time_, loop_active=looped) / rate
+        )
+        if asked.times:
+            seconds = seconds_a_step(step, device)
+            print(
+                json.dumps(
+                    {
+                        "looped": looped,
+                        "seconds": seconds,
+                        "tokens_per_second": tokens / seconds,
+                        "mfu": work.floor_seconds / seconds,
+                        "attention": model.attention_backend,
+                        "params": parameter_count(config.model),
+                    }
+                )
+            )
+            continue
         print("loop on" if looped else "loop off")
-        flops = tokens * train_flops_per_token(config.model, time_, loop_active=looped)
-        tell(step, device, Work(tokens=tokens, floor_seconds=flops / rate), asked.top)
-    if device.type == "cuda":
+        tell(step, device, work, asked.top)
+    if device.type == "cuda" and not asked.times:
         print(f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB reserved")
 
 
