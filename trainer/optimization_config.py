@@ -114,6 +114,13 @@ class OptimizerConfig(Section):
     muon_row_normalize: bool = Field(
         default=False, description="MuonEq-R: rows are scaled to equal norms before the orthogonalisation."
     )
+    muon_neuron_beta2: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="NorMuon: decay of the running mean square of each output neuron's row of the direction, which is "
+        "divided by its root (arXiv:2510.05491). 0 is off.",
+    )
     muon_input_aware: bool = Field(
         default=False,
         description="The inputs' covariance E[x x^T] takes the place of the gradient's own in the orthogonalisation.",
@@ -128,6 +135,11 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, on the matrices of the blocks.")
+    cautious_weight_decay: bool = Field(
+        default=False,
+        description="weight_decay, but not embed_weight_decay, is left out wherever the update does not bring a weight "
+        "nearer to zero (arXiv:2510.12402).",
+    )
     embed_weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, on embeddings and the untied head.")
     weight_decay_taper: Fraction = Field(
         default=0.0, description="Last share of the run over which weight decay falls to 0, linearly; 0: it stays."

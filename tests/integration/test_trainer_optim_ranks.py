@@ -116,7 +116,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"grad_clip_norm": 0.02},
     "rows": {"muon_coefficients": "polar_express", "muon_row_normalize": True, "grad_clip_norm": 0.02},
+    "neurons": {"muon_neuron_beta2": 0.9},
     "input_aware": {"muon_input_aware": True, "input_covariance_damping": 0.1},
+    "input_aware_neurons": {"muon_input_aware": True, "input_covariance_damping": 0.1, "muon_neuron_beta2": 0.9},
 }
 
 

@@ -136,7 +136,16 @@ def test_weight_decay_of_matrices_follows_its_multiplier() -> None:
     assert moved == pytest.approx([0.9, 0.95])
 
 
-@pytest.mark.parametrize("changed", [{}, {"muon_row_normalize": True}, {"muon_input_aware": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"muon_row_normalize": True},
+        {"muon_input_aware": True},
+        {"muon_neuron_beta2": 0.9, "cautious_weight_decay": True},
+        {"muon_neuron_beta2": 0.9, "muon_input_aware": True},
+    ],
+)
 def test_the_state_goes_on_exactly(changed: dict[str, Any]) -> None:
     config = OptimizerConfig(muon_momentum_warmup_steps=3, weight_decay=0.1, **changed)
     model, optimizers = _trained(config, steps=2)
@@ -173,7 +182,14 @@ def _trained(config: OptimizerConfig, *, steps: int) -> tuple[GPT, Optimizers]:
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"muon_coefficients": "polar_express", "muon_row_normalize": True}, {"muon_input_aware": True}]
+    "changed",
+    [
+        {},
+        {"muon_coefficients": "polar_express", "muon_row_normalize": True},
+        {"muon_input_aware": True},
+        {"muon_neuron_beta2": 0.95, "weight_decay": 0.1, "cautious_weight_decay": True},
+        {"muon_neuron_beta2": 0.95, "muon_input_aware": True},
+    ],
 )
 def test_a_model_learns_what_it_sees_again_and_again(changed: dict[str, Any]) -> None:
     config = OptimizerConfig(muon_momentum_warmup_steps=0, **changed)
@@ -250,7 +266,12 @@ def test_rates_and_momentum_do_not_recompile_the_iteration() -> None:
     compiled = torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=counter)
     model = GPT(TINY)
     config = OptimizerConfig(
-        muon_row_normalize=True, muon_coefficients="polar_express", muon_momentum_warmup_steps=9, weight_decay=0.1
+        muon_row_normalize=True,
+        muon_coefficients="polar_express",
+        muon_neuron_beta2=0.9,
+        muon_momentum_warmup_steps=9,
+        weight_decay=0.1,
+        cautious_weight_decay=True,
     )
     optimizers = Optimizers(model, config, compiled)
     for step in range(4):

@@ -49,6 +49,8 @@ class Optimizers:
             backend_steps=config.muon_backend_steps,
             coefficients=config.muon_coefficients,
             row_normalize=config.muon_row_normalize,
+            neuron_beta2=config.muon_neuron_beta2,
+            cautious_weight_decay=config.cautious_weight_decay,
             inputs=self._inputs,
             iteration=iteration,
             ranks=ranks,
@@ -109,16 +111,19 @@ class Optimizers:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, by parameters' names, the same whatever the number of ranks."""
         saved = self._adamw.state_dict()["state"]
-        return {
+        neurons = self._muon.neurons_state_dict()
+        state = {
             "muon": self._muon.state_dict(),
             "adamw": {name: dict(saved[index]) for index, name in enumerate(self._other_names()) if index in saved},
             "inputs": {} if self._inputs is None else self._inputs.state_dict(),
         }
+        return state | {"neurons": neurons} if neurons else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; rates and other settings stay those of the configuration.
 
-        Raises OptimizerStateError, which names them, if it is of other parameters.
+        Raises OptimizerStateError, which names them, if it is of other parameters, and for a state without the second
+        moments that NorMuon needs; those of a run that had it are dropped where it is off.
         """
         if missing := {"muon", "adamw", "inputs"} - state.keys():
             raise OptimizerStateError(
@@ -136,6 +141,7 @@ class Optimizers:
                         f"parameter {tuple(shape)}; start from a checkpoint of the same model"
                     )
         self._muon.load_state_dict(state["muon"])
+        self._muon.load_neurons_state_dict(state.get("neurons", {}))
         own = self._adamw.state_dict()
         own["state"] = {index: state["adamw"][name] for index, name in enumerate(names) if name in state["adamw"]}
         self._adamw.load_state_dict(own)
