@@ -132,7 +132,7 @@ def _accumulates(config: TrainConfig, micro_tokens: int, world_size: int) -> boo
 
 def _steady(config: TrainConfig, micro_tokens: int, world_size: int) -> dict[str, int]:
     """What lies there from step to step. With one pass a step, gradients are gone while the next pass runs. NorMuon's
-    second moments, one number a row of a matrix, are too few to count."""
+    second moments, one number a neuron, are too few to count."""
     table = parameters(config.model).values()
     count = sum(parameter.count for parameter in table)
     matrices = sum(parameter.count for parameter in table if parameter.kind in MATRIX_KINDS)

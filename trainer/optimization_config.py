@@ -118,8 +118,8 @@ class OptimizerConfig(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="NorMuon: decay of the running mean square of each output neuron's row of the direction, which is "
-        "divided by its root (arXiv:2510.05491). 0 is off.",
+        description="NorMuon: decay of the running mean square of each neuron of the direction, which is divided by "
+        "its root (arXiv:2510.05491). 0 is off.",
     )
     muon_input_aware: bool = Field(
         default=False,

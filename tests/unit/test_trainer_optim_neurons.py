@@ -55,7 +55,7 @@ def test_normuon_follows_its_formula_and_keeps_the_norm(shapes: list[tuple[int, 
     muon = Muon(weights, backend_steps=3, neuron_beta2=0.8)
     expected = {name: weight.detach().double() for name, weight in weights.items()}
     velocity = {name: torch.zeros_like(weight) for name, weight in expected.items()}
-    second = {name: torch.zeros(len(weight), dtype=torch.float64) for name, weight in expected.items()}
+    second = {name: torch.zeros(max(weight.shape), dtype=torch.float64) for name, weight in expected.items()}
     for step in range(4):
         gradients_into(weights, step)
         before = {name: weight.detach().double() for name, weight in weights.items()}
@@ -65,9 +65,11 @@ def test_normuon_follows_its_formula_and_keeps_the_norm(shapes: list[tuple[int, 
             gradient = weight.grad.double()
             velocity[name] = 0.9 * velocity[name] + gradient
             O = direction_of(gradient + 0.9 * velocity[name])  # noqa: E741 - the paper's
-            for row in range(len(O)):
-                second[name][row] = 0.8 * second[name][row] + 0.2 * float((O[row] ** 2).mean())
-            Q = torch.stack([O[row] / (second[name][row].sqrt() + EPS) for row in range(len(O))])
+            neurons = O if O.shape[0] >= O.shape[1] else O.mT
+            for neuron, of_it in enumerate(neurons):
+                second[name][neuron] = 0.8 * second[name][neuron] + 0.2 * float((of_it**2).mean())
+            Q = torch.stack([of_it / (v.sqrt() + EPS) for of_it, v in zip(neurons, second[name], strict=True)])
+            Q = Q if neurons is O else Q.mT
             norms[name] = float(O.norm()) * max(1.0, O.shape[0] / O.shape[1]) ** 0.5
             scale = 0.1 * max(1.0, O.shape[0] / O.shape[1]) ** 0.5
             expected[name] = expected[name] - scale * Q * (O.norm() / Q.norm())
@@ -137,7 +139,9 @@ def test_second_moments_go_on_by_name(shapes: list[tuple[int, int]]) -> None:
             gradients_into(weights, step)
             muon.update(muon.take_gradients(), lr=0.1, momentum=0.9, weight_decay=0.0)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert {name: (len(weight),) for name, weight in one.items()} == {name: v.shape for name, v in saved[1].items()}
+    assert {name: (max(weight.shape),) for name, weight in one.items()} == {
+        name: v.shape for name, v in saved[1].items()
+    }
     assert all(torch.equal(first.neurons_state_dict()[name], second.neurons_state_dict()[name]) for name in one)
     assert not any(torch.equal(first.neurons_state_dict()[name], saved[1][name]) for name in one)  # a copy
 
@@ -166,7 +170,7 @@ def test_states_with_and_without_second_moments() -> None:
     on, matrix = trained(muon_neuron_beta2=0.9), "blocks.0.mlp.fc.weight"
     with pytest.raises(OptimizerStateError, match=r"NorMuon's state was saved for other .*: blocks\.0\.mlp\.fc"):
         on.load_state_dict(normuon | {"neurons": {k: v for k, v in normuon["neurons"].items() if k != matrix}})
-    with pytest.raises(OptimizerStateError, match=r"mlp\.fc\.weight have the shape \(16,\), the parameter has 32 rows"):
+    with pytest.raises(OptimizerStateError, match=r"fc\.weight have the shape \(16,\), the parameter has 32 neurons"):
         on.load_state_dict(normuon | {"neurons": normuon["neurons"] | {matrix: torch.zeros(16)}})
 
 

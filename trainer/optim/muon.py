@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trainer.model.eager import rounded_inputs
 from trainer.optim.input_aware import InputRoots, OptimizerStateError, with_orthogonal_norm
-from trainer.optim.neurons import NeuronMoments
+from trainer.optim.neurons import NeuronMoments, neuron_count
 from trainer.optim.newton_schulz import Coefficients, Orthogonalize, orthogonalize, unit_rows
 from trainer.ranks import ALONE, Ranks
 
@@ -89,9 +89,7 @@ class Muon:
         momentum = first.new_zeros((share, *shape))
         neurons = None
         if self._neuron_beta2:
-            neurons = NeuronMoments(
-                momentum, own=own, transposed=transposed, own_transposed=own_transposed, beta2=self._neuron_beta2
-            )
+            neurons = NeuronMoments(momentum, own=own, beta2=self._neuron_beta2)
         return _Batch(
             names=list(members),
             parameters=[*members.values()],
@@ -180,12 +178,12 @@ class Muon:
             batch.momentum.copy_(whole[batch.own.start : batch.own.stop])
 
     def neurons_state_dict(self) -> dict[str, Tensor]:
-        """NorMuon's second moments, (out,), by the parameters' names; without NorMuon none. Every rank must call it."""
+        """NorMuon's second moments, (neurons,), by the parameters' names; without it none. Every rank must call it."""
         return {
             name: moment
             for batch in self._batches
             if batch.neurons is not None
-            for name, moment in zip(batch.names, batch.neurons.whole(self._ranks), strict=True)
+            for name, moment in zip(batch.names, batch.neurons.whole(self._ranks), strict=False)
         }
 
     @torch.no_grad()
@@ -203,11 +201,11 @@ class Muon:
             )
         shapes = self._shapes()
         require_same_names("NorMuon's state", state, shapes)
-        for name, (out, _) in shapes.items():
-            if tuple(state[name].shape) != (out,):
+        for name, shape in shapes.items():
+            if tuple(state[name].shape) != (neuron_count(shape),):
                 raise OptimizerStateError(
                     f"the saved second moments of {name} have the shape {tuple(state[name].shape)}, the parameter "
-                    f"has {out} rows; start from a checkpoint of the same model"
+                    f"has {neuron_count(shape)} neurons; start from a checkpoint of the same model"
                 )
         for batch in self._batches:
             if batch.neurons is not None:
