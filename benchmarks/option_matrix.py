@@ -64,6 +64,7 @@ OPTIONS: Mapping[str, Changes] = {
     "document attention": _model(document_attention=True),
     "packed documents": {"model": {"document_attention": True}, "data": {"order": "documents"}},
     "SmearGate": _model(smear_gate=True),
+    "bigram embeddings": _model(bigram_embedding={"rows": 2048, "dim": 32}),
     "value embeddings": _model(value_embedding={"layers": [2, 3], "dim": 32}),
     "LN scale": _model(ln_scale=True),
     "ReLU^2": _model(activation="relu_squared"),

@@ -35,6 +35,7 @@ ALL: Options = {
     "attention_gate": "sparse",
     "document_attention": True,
     "smear_gate": True,
+    "bigram_embedding": {"rows": 11, "dim": 6},
     "value_embedding": {"layers": (0, 1), "dim": 5},
     "ln_scale": True,
     "unet_skips": True,

@@ -39,6 +39,7 @@ EVERYTHING: Settings = PLAIN | {
         "attention_gate": "sparse",
         "document_attention": True,
         "smear_gate": True,
+        "bigram_embedding": {"rows": 50, "dim": 8},
         "value_embedding": {"layers": [0, 4], "dim": 8},
         "ln_scale": True,
         "unet_skips": True,

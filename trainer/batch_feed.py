@@ -36,7 +36,7 @@ def open_loader(
         vocab_size=config.model.vocab_size,
         order=config.data.order,
         prefetch_batches=config.data.prefetch_batches,
-        boundaries=config.model.document_attention or (config.model.smear_gate and packed),
+        boundaries=config.model.document_attention or (config.model.looks_at_the_token_before and packed),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )

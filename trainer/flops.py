@@ -44,6 +44,6 @@ def _multiplied_weights(model: ModelConfig, runs: tuple[int, ...]) -> int:
         if name.startswith("blocks."):
             if parameter.kind != "control" or name.endswith(".attn.gate"):
                 total += parameter.count * runs[int(name.split(".")[1])]
-        elif name in {"value_proj.weight", "smear_gate"}:
+        elif name in {"bigram_proj.weight", "value_proj.weight", "smear_gate"}:
             total += parameter.count
     return total

@@ -193,6 +193,9 @@ def activation_bytes(model: ModelConfig) -> dict[str, int]:
         "merged lanes": _BF16 * dim if model.parallel_from is not None else 0,
         "loop gate": repeated * _BF16 * dim if model.recurrence and model.recurrence.gate_fraction else 0,
     }
+    bigram = model.bigram_embedding
+    if bigram is not None:
+        extras["bigram embeddings"] = (_FP32 + _BF16) * bigram.dim + _BF16 * dim
     value = model.value_embedding
     if value is not None:
         own_runs = sum(runs[layer] for layer in value.layers)

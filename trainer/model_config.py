@@ -56,6 +56,13 @@ class ValueEmbeddingConfig(Section):
         return self
 
 
+class BigramEmbeddingConfig(Section):
+    """Embeddings of pairs of tokens, added to those of tokens: a table that pairs share by a hash, one projection."""
+
+    rows: int = Field(default=16384, ge=1, le=2**20, description="Rows of the table.")
+    dim: int = Field(default=128, ge=1, le=16384, description="Width of the table, projected to model_dim.")
+
+
 class ModelConfig(Section):
     """Shape of the decoder."""
 
@@ -88,6 +95,7 @@ class ModelConfig(Section):
     smear_gate: bool = Field(
         default=False, description="Each embedding takes a gated share of the one before it, never across a BOS."
     )
+    bigram_embedding: BigramEmbeddingConfig | None = None
     value_embedding: ValueEmbeddingConfig | None = None
     ln_scale: bool = Field(default=False, description="Normed block inputs are scaled by 1 / sqrt(layer + 1).")
     unet_skips: bool = Field(
@@ -134,6 +142,11 @@ class ModelConfig(Section):
     def rope_dims(self) -> int:
         """Rotated dimensions per head: the asked share, rounded down to an even number, at least 2."""
         return max(2, int(self.head_dim * self.rope_fraction) // 2 * 2)
+
+    @property
+    def looks_at_the_token_before(self) -> bool:
+        """Whether an embedding depends on the token before it, unless a document begins between them."""
+        return self.smear_gate or self.bigram_embedding is not None
 
     @property
     def skip_count(self) -> int:

@@ -68,9 +68,14 @@ def _parameters(model: ModelConfig) -> Iterator[_Row]:
     if model.smear_gate:
         yield "smear_gate", (1, min(GATE_WIDTH, dim)), "control"
         yield "smear_scale", (1,), "control"
+    if model.bigram_embedding is not None:
+        yield "bigram_scale", (1,), "control"
     if model.parallel_from is not None:
         yield "lane_merge", (1,), "control"
     yield "tok_emb.weight", (model.vocab_size, dim), "embedding"
+    if model.bigram_embedding is not None:
+        yield "bigram_emb.weight", (model.bigram_embedding.rows, model.bigram_embedding.dim), "embedding"
+        yield "bigram_proj.weight", (dim, model.bigram_embedding.dim), "attention_in"
     if model.value_embedding is not None:
         yield "value_emb.weight", (model.vocab_size, model.value_embedding.dim), "embedding"
         yield "value_proj.weight", (model.kv_dim, model.value_embedding.dim), "attention_in"

@@ -53,6 +53,7 @@ INFERENCE_MODULES = (
     "trainer.model",
     "trainer.model.attention",
     "trainer.model.attention_backends",
+    "trainer.model.bigrams",
     "trainer.model.blocks",
     "trainer.model.eager",
     "trainer.model.gpt",
@@ -79,8 +80,8 @@ INFERENCE_MODULES = (
 # Bits per coded weight beyond those of Gaussian rows, by kind: means over int6 exports (row-maximum scales) of six
 # shapes, 64 to 384 wide with vocabularies of 1024 and 4096, trained 150 to 1500 steps on prose. Muon's matrices are
 # a little flatter than a Gaussian. Output projections and the embedding have heavier tails, and these grow with
-# training (the embedding: +.15 early, -.85 late), which is what the interval is for. No export had an untied head or
-# value embeddings: an untied head is taken for an embedding, and neither is calibrated.
+# training (the embedding: +.15 early, -.85 late), which is what the interval is for. No export had an untied head,
+# bigram or value embeddings: an untied head is taken for an embedding, and none of them is calibrated.
 _OFFSET_BITS: dict[Kind, float] = {
     "embedding": -0.25,
     "head": -0.25,
@@ -185,8 +186,9 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
 
 def _module(name: str, kind: Kind) -> str:
     """The row of a quantised tensor in `SizeEstimate.by_module`."""
-    if name.startswith("value_"):
-        return "value embeddings"
+    for table in ("bigram", "value"):
+        if name.startswith(f"{table}_"):
+            return f"{table} embeddings"
     if kind in {"embedding", "head"}:
         return kind
     return "attention" if ".attn." in name else "mlp"

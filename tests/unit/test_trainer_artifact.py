@@ -84,7 +84,12 @@ def test_its_model_scores_as_the_fake_quantised_model_does(loop: bool) -> None:
 
 def test_gates_and_mixes_are_halves_of_any_rank() -> None:
     options = {"unet_skips": True, "residual_mix": True, "attention_gate": "full", "parallel_from": 1}
-    more = {"smear_gate": True, "tie_embeddings": False, "value_embedding": {"layers": (1,), "dim": 4}}
+    more = {
+        "smear_gate": True,
+        "tie_embeddings": False,
+        "bigram_embedding": {"rows": 9, "dim": 6},
+        "value_embedding": {"layers": (1,), "dim": 4},
+    }
     plain = _config()
     config = plain.model_copy(update={"model": ModelConfig(**plain.model.model_dump() | options | more)})
     state, table = _state(config), parameters(config.model)

@@ -39,6 +39,7 @@ def test_every_option_that_multiplies_counts_as_often_as_it_runs() -> None:
     assert more(attention_gate="full") == 6 * 3 * 4 * 32
     assert more(attention_gate="sparse") == 6 * 3 * 4 * 12
     assert more(smear_gate=True) == 6 * 12
+    assert more(bigram_embedding={"rows": 99, "dim": 8}) == 6 * 8 * 32
     assert more(value_embedding={"layers": [0, 2], "dim": 8}) == 6 * 8 * 16
     assert more(unet_skips=True, residual_mix=True, parallel_from=1, ln_scale=True, xsa_last_layers=3) == 0
     loop = {"first": 1, "last": 1, "loops": 4}

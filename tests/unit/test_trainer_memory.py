@@ -117,6 +117,7 @@ def test_activations_of_each_option() -> None:
     assert parts(recurrence={**loop, "gate_fraction": 0.1})["loop gate"] == 4 * 2 * dim
     value = parts(value_embedding={"layers": [1, 3], "dim": 128}, recurrence=loop)["value embeddings"]
     assert value == 6 * 128 + 2 * 256 * (1 + 3 + 1)
+    assert parts(bigram_embedding={"rows": 4096, "dim": 128})["bigram embeddings"] == 6 * 128 + 2 * dim
 
 
 def test_a_small_micro_batch_leaves_the_peak_to_the_optimiser_or_the_evaluation() -> None:

@@ -42,6 +42,7 @@ SINGLE: dict[str, Options] = {
     "sparse gate": {"attention_gate": "sparse"},
     "documents": {"document_attention": True},
     "smear": {"smear_gate": True},
+    "bigram embedding": {"bigram_embedding": {"rows": 13, "dim": 7}},
     "value embedding": {"value_embedding": {"layers": (3, 0), "dim": 7}},
     "ln scale": {"ln_scale": True},
     "skips": {"unet_skips": True},
@@ -58,6 +59,7 @@ ALL: Options = {
     "attention_gate": "sparse",
     "document_attention": True,
     "smear_gate": True,
+    "bigram_embedding": {"rows": 13, "dim": 9},
     "value_embedding": {"layers": (0, 3), "dim": 7},
     "ln_scale": True,
     "unet_skips": True,
@@ -130,6 +132,13 @@ class Reference:
                 if self.document[t] == self.document[t - 1]:
                     share = torch.sigmoid(gate @ plain[t, : len(gate)])
                     x[t] = plain[t] + state["smear_scale"] * share * plain[t - 1]
+        if config.bigram_embedding:
+            pairs = torch.zeros(self.time, config.bigram_embedding.dim, dtype=x.dtype)
+            for t in range(1, self.time):
+                if self.document[t] == self.document[t - 1]:
+                    word = (int(row[t - 1]) * 2654435761 ^ int(row[t]) * 2246822519) % 2**32
+                    pairs[t] = state["bigram_emb.weight"][(word >> 8) % config.bigram_embedding.rows]
+            x = x + state["bigram_scale"] * self.see("bigram_proj.weight", pairs)
         self.embedded = x
         if config.value_embedding:
             self.values = self.see("value_proj.weight", state["value_emb.weight"][row])
@@ -246,7 +255,7 @@ def test_names_shapes_and_order_are_those_of_the_table(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["full gate", "sparse gate", "smear", "value embedding", "residual mix"],
+    ["full gate", "sparse gate", "smear", "bigram embedding", "value embedding", "residual mix"],
 )
 def test_an_option_begins_as_the_model_without_it(name: str) -> None:
     plain, model = random_model({}), GPT(config_of(SINGLE[name]))
@@ -288,7 +297,8 @@ def test_a_fresh_model_is_drawn_as_its_options_say() -> None:
     inputs, targets = batch()
     assert float(model(inputs, targets).detach()) == pytest.approx(math.log(VOCAB))
     assert float(model.get_parameter("tok_emb.weight").detach().std()) == pytest.approx(0.005, rel=0.1)
-    assert float(model.get_parameter("value_emb.weight").detach().std()) == pytest.approx(1.0, rel=0.2)
+    for table in ("bigram_emb.weight", "value_emb.weight"):
+        assert float(model.get_parameter(table).detach().std()) == pytest.approx(1.0, rel=0.2)
 
 
 @pytest.mark.parametrize("options", [SINGLE["gated loop"], *COMBINED.values()])

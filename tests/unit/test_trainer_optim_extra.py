@@ -29,6 +29,7 @@ EVERYTHING = ModelConfig.model_validate(
     TINY.model_dump()
     | {
         "recurrence": {"first": 1, "last": 2},
+        "bigram_embedding": {"rows": 16, "dim": 4},
         "value_embedding": {"layers": [0, 3], "dim": 4},
         "smear_gate": True,
         "unet_skips": True,

@@ -26,6 +26,7 @@ from torch.nn import functional
 from trainer.config import ExportConfig, ModelConfig
 from trainer.model.attention import PassContext, Projection, RopeTables, rope_tables
 from trainer.model.attention_backends import Backend, attention_of, document_ids, segments_of
+from trainer.model.bigrams import bigram_rows
 from trainer.model.blocks import Block, BlockWeights
 from trainer.model.eager import linear
 from trainer.model.head import PLAIN, LossTerms
@@ -59,19 +60,26 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.export = export
-        dim, values = config.model_dim, config.value_embedding
-        self.skip_weights = self.smear_gate = self.smear_scale = self.lane_merge = None
+        dim, values, bigrams = config.model_dim, config.value_embedding, config.bigram_embedding
+        self.skip_weights = self.smear_gate = self.smear_scale = self.bigram_scale = self.lane_merge = None
         if config.unet_skips:
             self.skip_weights = nn.Parameter(torch.ones(config.skip_count, dim))
         if config.smear_gate:
             self.smear_gate = nn.Parameter(torch.zeros(1, min(GATE_WIDTH, dim)))
             self.smear_scale = nn.Parameter(torch.zeros(1))
+        if bigrams:
+            self.bigram_scale = nn.Parameter(torch.zeros(1))
         if config.parallel_from is not None:
             self.lane_merge = nn.Parameter(torch.full((1,), 0.5))
         self.tok_emb = nn.Embedding(config.vocab_size, dim)
+        self.bigram_emb = nn.Embedding(bigrams.rows, bigrams.dim) if bigrams else None
+        self.bigram_proj = Projection(bigrams.dim, dim) if bigrams else None
         self.value_emb = nn.Embedding(config.vocab_size, values.dim) if values else None
         self.value_proj = Projection(values.dim, config.kv_dim) if values else None
-        self.value_inputs = InputCovariance(values.dim, track_inputs) if values and track_inputs is not None else None
+        self.bigram_inputs = self.value_inputs = None
+        if track_inputs is not None:
+            self.bigram_inputs = InputCovariance(bigrams.dim, track_inputs) if bigrams else None
+            self.value_inputs = InputCovariance(values.dim, track_inputs) if values else None
         self.blocks = nn.ModuleList(Block(config, layer, track_inputs) for layer in range(config.num_layers))
         self.lm_head = None if config.tie_embeddings else Projection(dim, config.vocab_size)
         self.quantized_names = frozenset(name for name, table in parameters(config).items() if table.quantized)
@@ -91,14 +99,15 @@ class GPT(nn.Module):
 
         Input matrices are uniform of standard deviation .5 / sqrt(fan_in), or orthogonal with gain 1. Output
         projections are zero, so that blocks start as the identity, and so is an untied head: the first loss is
-        ln(vocab). A value embedding, which no norm follows, is standard normal, as its learning rate is made for.
+        ln(vocab). Bigram and value embeddings, which no norm follows, are standard normal, as their learning rate is
+        made for.
         """
         kinds = parameters(self.config)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 kind = kinds[name].kind
                 if kind == "embedding":
-                    parameter.normal_(std=1.0 if name.startswith("value") else self.config.tied_embed_init_std)
+                    parameter.normal_(std=self.config.tied_embed_init_std if name == "tok_emb.weight" else 1.0)
                 elif kind in {"proj", "head"}:
                     parameter.zero_()
                 elif kind != "control" and self.config.matrix_init == "orthogonal":
@@ -125,6 +134,8 @@ class GPT(nn.Module):
     def input_covariances(self) -> dict[str, InputCovariance]:
         """Name of each Muon matrix -> the statistics of its inputs; q, k and v share one. Empty without tracking."""
         found: dict[str, InputCovariance] = {}
+        if self.bigram_inputs is not None:
+            found["bigram_proj.weight"] = self.bigram_inputs
         if self.value_inputs is not None:
             found["value_proj.weight"] = self.value_inputs
         for layer, block in enumerate(self.blocks):
@@ -171,12 +182,22 @@ class GPT(nn.Module):
         return RopeTables(tables.cos.to(dtype), tables.sin.to(dtype))
 
     def _embedded(self, inputs: Tensor, table: Tensor, ids: Tensor | None) -> Tensor:
-        """(batch, time) -> (batch, time, dim): normed, and smeared if the config asks for it."""
+        """(batch, time) -> (batch, time, dim): normed, smeared if the config asks for it, and with that of its pair."""
         # Looked up in float32, so that the gradients of a frequent token add up in float32 too.
         x = rms_norm(functional.embedding(inputs, table)).to(self.compute_dtype)
-        if self.smear_gate is None or self.smear_scale is None or ids is None:
+        if ids is None:
             return x
-        return smear(x, first_tokens(ids), self.smear_gate, self.smear_scale)
+        first = first_tokens(ids)
+        if self.smear_gate is not None and self.smear_scale is not None:
+            x = smear(x, first, self.smear_gate, self.smear_scale)
+        if self.bigram_emb is None or self.bigram_proj is None or self.bigram_scale is None:
+            return x
+        rows = bigram_rows(inputs, self.bigram_emb.num_embeddings)
+        pairs = functional.embedding(rows, self._as_trained(self.bigram_emb.weight)).to(self.compute_dtype)
+        pairs = pairs.masked_fill(first.unsqueeze(2), 0.0)
+        if self.bigram_inputs is not None:
+            self.bigram_inputs.observe(pairs)
+        return torch.addcmul(x, linear(pairs, self._prepared(self.bigram_proj.weight)), self.bigram_scale.to(x.dtype))
 
     def _values(self, inputs: Tensor) -> Tensor | None:
         """(batch, time) -> the projected value embedding (batch, time, kv_dim), if there is one."""
@@ -208,7 +229,7 @@ class GPT(nn.Module):
         config, time, regions = self.config, inputs.shape[1], self.regions
         segments = segments_of(inputs, cu_seqlens) if config.document_attention else None
         ids = None if segments is None else segments.ids
-        if ids is None and config.smear_gate:
+        if ids is None and config.looks_at_the_token_before:
             ids = document_ids(inputs, cu_seqlens)
         x, values, head = regions.begin(self, inputs, ids)
         shared = PassContext(
