@@ -38,8 +38,14 @@ class RunState:
         self.loader = open_loader(config, plan.dataset, plan.device, micro_tokens=plan.micro_tokens, ranks=plan.ranks)
         weighting = byte_weighting(config.loss, self.model, plan.dataset)
         terms = LossTerms(focal_gamma=config.loss.focal_gamma, z_loss=config.loss.z_loss)
+        seq_len = config.batch.train_seq_len
         self.passes = build_passes(
-            self.model, compiled=plan.compiled, scope=config.compile_scope, weighting=weighting, terms=terms
+            self.model,
+            compiled=plan.compiled,
+            scope=config.compile_scope,
+            weighting=weighting,
+            terms=terms,
+            train_shape=(plan.micro_tokens // seq_len, seq_len),
         )
         self.optimizers = Optimizers(self.model, config.optimizer, self.passes.iteration, ranks=plan.ranks)
         self.average = WeightAverage(self.model, config.averaging)

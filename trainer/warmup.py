@@ -57,9 +57,11 @@ def build_passes(
     weighting: ByteWeightedLoss | None = None,
     terms: LossTerms | None = None,
     backend: str = "inductor",
+    train_shape: tuple[int, int] | None = None,
 ) -> Passes:
     """Static shapes and whole graphs, or plain functions. Without a `weighting`, which has terms of its own, the loss
-    is the mean over tokens, with `terms`. In the scope `layer` it is the model's regions that are compiled."""
+    is the mean over tokens, with `terms`. In the scope `layer` it is the model's regions that are compiled; there an
+    evaluation pass of `train_shape`, the (batch, time) of training's passes, goes through their graphs."""
     loss: Callable[..., Any] = model.forward
     plain = weighting is None and (terms is None or terms == LossTerms())
     if weighting is not None:
@@ -83,6 +85,9 @@ def build_passes(
         # Dynamo looks at what a graph is given, and torch warns of looking at the gradient of an activation.
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf Tensor")
         model.regions = model.regions.compiled(compiling)
+        # Where a pass with gradients observes its inputs, an evaluation must not look like one.
+        if train_shape is not None and not model.input_covariances():
+            token_losses = _through_training_graphs(model, train_shape)
     else:
         loss, token_losses = compiling(loss), compiling(token_losses)
     return Passes(
@@ -91,6 +96,24 @@ def build_passes(
         iteration=compiling(orthogonalize),
         compiled=True,
     )
+
+
+def _through_training_graphs(model: GPT, train_shape: tuple[int, int]) -> Callable[..., Tensor]:
+    """`model.token_losses` for a model whose regions are compiled; another shape than `train_shape` gets graphs of its
+    own."""
+
+    def token_losses(inputs: Tensor, targets: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if tuple(inputs.shape) != train_shape:
+            return model.token_losses(inputs, targets, *rest, **options)
+        regions = model.regions
+        model.regions = regions.forgetting()
+        try:
+            with torch.enable_grad():
+                return model.token_losses(inputs, targets, *rest, **options).detach()
+        finally:
+            model.regions = regions
+
+    return token_losses
 
 
 def _with_terms(model: GPT, terms: LossTerms) -> TrainingLoss:

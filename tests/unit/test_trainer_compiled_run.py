@@ -6,8 +6,10 @@ With the backend `aot_eager`, which captures and guards graphs as any does, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from small_data_set import make_data_set
 from tiny_training import EVERYTHING, PLAIN, Settings, losses, result, run, scores, settings
-from trainer.config import ModelConfig, RecurrenceConfig
+from trainer.config import ExportConfig, ModelConfig, RecurrenceConfig
+from trainer.model.blocks import Block
 from trainer.model.gpt import GPT
 from trainer.report import Event, ExitCode, Line
 from trainer.warmup import build_passes, compiled_graphs
@@ -107,6 +110,78 @@ def graphs_of(config: ModelConfig, *, looped: bool) -> int:
         found = gradients(model, inputs, targets, active)
         assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
     return compiled_graphs() - before
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_an_evaluation_in_the_shape_of_training_takes_one_graph_and_nothing_stays_of_it(tracked: bool) -> None:
+    shape = {"vocab_size": 32, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "unet_skips": True}
+    shape |= {"value_embedding": {"layers": [1], "dim": 4}, "smear_gate": True, "parallel_from": 2, "num_layers": 4}
+    torch.manual_seed(0)
+    model = GPT(ModelConfig.model_validate(shape), ExportConfig(), track_inputs=0.5 if tracked else None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    rows = torch.randint(32, (3, 9))
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    wanted, short = (model.token_losses(inputs[:n], targets[:n]).detach() for n in (3, 2))
+    passes = build_passes(model, compiled=True, scope="layer", backend="aot_eager", train_shape=(3, 8))
+    passes.loss(inputs, targets)[0].backward()
+    seen = {name: covariance.mass.clone() for name, covariance in model.input_covariances().items()}
+    gradients_before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    counted, regions = compiled_graphs(), model.regions
+
+    with torch.no_grad():
+        found = passes.token_losses(inputs, targets)
+
+    own = compiled_graphs() - counted
+    assert (own > 1) if tracked else (own == 1)  # the losses of single positions
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not found.requires_grad
+    assert found.grad_fn is None
+    assert model.regions is regions
+    assert {name: covariance.mass for name, covariance in model.input_covariances().items()} == seen
+    passes.loss(inputs, targets)
+    assert compiled_graphs() - counted == own
+    for name, parameter in model.named_parameters():
+        if name in gradients_before:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, gradients_before[name])
+
+    with torch.no_grad():  # another shape has graphs of its own
+        other = passes.token_losses(inputs[:2], targets[:2])
+    torch.testing.assert_close(other, short, rtol=1e-4, atol=1e-5)
+    assert compiled_graphs() - counted > own + 1
+
+
+def test_a_pass_that_forgets_holds_no_history_across_its_seams() -> None:
+    model = GPT(ModelConfig(vocab_size=32, num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1))
+    histories: list[int] = []
+
+    def depth(tensor: Tensor) -> int:
+        found, front = 0, [tensor.grad_fn]
+        while front:
+            node = front.pop()
+            if node is not None:
+                found += 1
+                front.extend(following for following, _ in node.next_functions)
+        return found
+
+    def watched(part: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            histories.extend(depth(lane) for lane in arguments[1] if part is Block.forward)
+            return part(*arguments)
+
+        return run
+
+    model.regions = replace(model.regions, block=watched(Block.forward))
+    inputs = torch.randint(32, (2, 8))
+    model.token_losses(inputs, inputs)
+    growing, histories[:] = list(histories), []
+    model.regions = model.regions.forgetting()
+    model.token_losses(inputs, inputs)
+    assert growing[0] < growing[1] < growing[2]
+    assert len(histories) == 3
+    assert max(histories) <= 3 < growing[0]  # views of a leaf
 
 
 def gradients(model: GPT, inputs: Tensor, targets: Tensor, looped: bool) -> dict[str, Tensor]:
