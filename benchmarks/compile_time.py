@@ -37,7 +37,7 @@ def measure(config: TrainConfig, device_name: str) -> dict[str, float]:
     """In this process; its compiler's cache is where the environment says."""
     import torch  # noqa: PLC0415 - the process that starts the others needs none
 
-    from trainer.attention_choice import choose_backend  # noqa: PLC0415
+    from trainer.attention_choice import choose_backend, choose_window_backend  # noqa: PLC0415
     from trainer.devices import choose_device, synchronize  # noqa: PLC0415
     from trainer.interruption import StopRequest  # noqa: PLC0415
     from trainer.model.gpt import GPT  # noqa: PLC0415
@@ -48,7 +48,10 @@ def measure(config: TrainConfig, device_name: str) -> dict[str, float]:
     torch.manual_seed(0)
     rows, time_ = config.batch.micro_tokens // config.batch.train_seq_len, config.batch.train_seq_len
     model = GPT(config.model, config.export).to(device)
-    model.attention_backend, _ = choose_backend("auto", config.model, rows=rows, time=time_, device=device)
+    model.attention_backend, model.window_backend = (
+        choose("auto", config.model, rows=rows, time=time_, device=device)[0]
+        for choose in (choose_backend, choose_window_backend)
+    )
     passes = build_passes(model, compiled=True, scope=config.compile_scope)
     window = torch.randint(config.model.vocab_size, (rows, time_ + 1), device=device)
     inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()

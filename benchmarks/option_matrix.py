@@ -62,6 +62,8 @@ OPTIONS: Mapping[str, Changes] = {
     "gated attention": _model(attention_gate="full"),
     "sparse gate": _model(attention_gate="sparse"),
     "document attention": _model(document_attention=True),
+    "windows": _model(attention_window=64, full_attention_layers=[3]),
+    "windows by document": _model(attention_window=64, full_attention_layers=[3], document_attention=True),
     "packed documents": {"model": {"document_attention": True}, "data": {"order": "documents"}},
     "SmearGate": _model(smear_gate=True),
     "bigram embeddings": _model(bigram_embedding={"rows": 2048, "dim": 32}),

@@ -24,7 +24,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.attention_choice import choose_backend
+from trainer.attention_choice import choose_backend, choose_window_backend
 from trainer.config import TrainConfig
 from trainer.devices import choose_device, synchronize
 from trainer.flops import train_flops_per_token
@@ -151,8 +151,9 @@ def main() -> None:
     tokens, time_ = config.batch.train_batch_tokens, config.batch.train_seq_len
     torch.manual_seed(0)
     model = GPT(config.model, config.export).to(device)
-    model.attention_backend, _ = choose_backend(
-        config.attention_backend, config.model, rows=tokens // time_, time=time_, device=device
+    model.attention_backend, model.window_backend = (
+        choose(config.attention_backend, config.model, rows=tokens // time_, time=time_, device=device)[0]
+        for choose in (choose_backend, choose_window_backend)
     )
     passes = build_passes(model, compiled=not asked.eager, scope=config.compile_scope)
     optimizers = Optimizers(model, config.optimizer, passes.iteration)

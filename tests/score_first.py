@@ -34,6 +34,8 @@ ALL: Options = {
     "xsa_last_layers": 2,
     "attention_gate": "sparse",
     "document_attention": True,
+    "attention_window": 4,
+    "full_attention_layers": (1,),
     "smear_gate": True,
     "bigram_embedding": {"rows": 11, "dim": 6},
     "value_embedding": {"layers": (0, 1), "dim": 5},

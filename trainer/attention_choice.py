@@ -1,9 +1,9 @@
 """Which attention kernel a training run uses: asked for, or the fastest of those that are there, by measurement.
 
 Measured is a forward and a backward pass at the shape of the run's own micro-batches, before the clock starts, on
-random numbers; with attention by document on documents of random lengths. What was measured is kept for later runs on
-this machine (`trainer.kept_timings`): they start sooner, and get the same kernel. For scores
-`trainer.evaluation_attention` chooses, without a measurement.
+random numbers; with attention by document on documents of random lengths. Layers with a window have a choice of their
+own, measured with the window. What was measured is kept for later runs on this machine (`trainer.kept_timings`): they
+start sooner, and get the same kernel. For scores `trainer.evaluation_attention` chooses, without a measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trainer.errors import InputError
 from trainer.kept_timings import BackendTiming, keep, recall
 from trainer.model.attention_backends import (
     BACKENDS,
+    WITHOUT_WINDOW,
     Attend,
     Backend,
     Segments,
@@ -42,7 +43,8 @@ _REFUSALS = (RuntimeError, ValueError, AssertionError, ImportError)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """Of one call: `rows` of `time` positions, in `heads` queries and `kv_heads` keys of `head_dim`."""
+    """Of one call: `rows` of `time` positions, in `heads` queries and `kv_heads` keys of `head_dim`; with a `window`,
+    which is shorter than a row, over no more than so many positions."""
 
     rows: int
     time: int
@@ -50,9 +52,11 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     documents: bool
+    window: int | None = None
 
     @classmethod
-    def of(cls, model: ModelConfig, *, rows: int, time: int) -> AttentionShape:
+    def of(cls, model: ModelConfig, *, rows: int, time: int, windowed: bool = False) -> AttentionShape:
+        """Of a layer that sees whole rows, or of one with the window."""
         return cls(
             rows=rows,
             time=time,
@@ -60,7 +64,11 @@ class AttentionShape:
             kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             documents=model.document_attention,
+            window=model.window_at(time) if windowed else None,
         )
+
+    def could_run(self, backend: Backend, device: torch.device) -> bool:
+        return could_run(backend, device, documents=self.documents, window=self.window is not None)
 
 
 def choose_backend(
@@ -73,11 +81,34 @@ def choose_backend(
     """
     shape = AttentionShape.of(model, rows=rows, time=time)
     if asked != "auto":
-        _require(asked, shape, device)
+        _require(asked, shape, device, f"attention_backend {asked}")
         return asked, ()
+    return _fastest(shape, device)
+
+
+def choose_window_backend(
+    asked: AttentionBackend, model: ModelConfig, *, rows: int, time: int, device: torch.device
+) -> tuple[Backend, tuple[BackendTiming, ...]]:
+    """The same for layers with a window: the backend that was asked for, or `flash` instead of one without windows.
+
+    `plain` where no layer sees less than its row, which nothing is measured for.
+    """
+    shape = AttentionShape.of(model, rows=rows, time=time, windowed=True)
+    if shape.window is None:
+        return "plain", ()
+    if asked == "auto":
+        return _fastest(shape, device)
+    if asked in WITHOUT_WINDOW:
+        _require("flash", shape, device, f"attention_backend {asked} knows nothing of windows, and flash instead of it")
+        return "flash", ()
+    _require(asked, shape, device, f"attention_backend {asked} with the window of model.attention_window")
+    return asked, ()
+
+
+def _fastest(shape: AttentionShape, device: torch.device) -> tuple[Backend, tuple[BackendTiming, ...]]:
     if device.type != "cuda":
         return "plain", ()
-    tried = [backend for backend in BACKENDS if could_run(backend, device, documents=shape.documents)]
+    tried = [backend for backend in BACKENDS if shape.could_run(backend, device)]
     key = _key(shape, tried, device)
     timings = None if key is None else recall(key)
     if timings is None:
@@ -96,7 +127,9 @@ def _key(shape: AttentionShape, tried: Sequence[Backend], device: torch.device) 
         return None
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
     versions = {"torch": str(torch.__version__), "cudnn": cudnn, "flash_attn_interface": flash3_version()}
-    return {"card": card, **versions, "tried": list(tried), **asdict(shape)}
+    # As it was before there were windows, so that what was kept then is still found.
+    of_shape = {name: value for name, value in asdict(shape).items() if (name, value) != ("window", None)}
+    return {"card": card, **versions, "tried": list(tried), **of_shape}
 
 
 def _lasting(timings: Sequence[BackendTiming]) -> bool:
@@ -161,7 +194,7 @@ def _passes(backend: Backend, shape: AttentionShape, device: torch.device) -> It
     generator = torch.Generator(device).manual_seed(0)
     heads = random_heads(shape, device, generator, torch.bfloat16)
     segments = random_segments(shape, device, generator) if shape.documents else None
-    attend: Attend = attention_of(backend, time=shape.time, segments=segments, device=device)
+    attend: Attend = attention_of(backend, time=shape.time, segments=segments, device=device, window=shape.window)
     upstream = torch.randn(heads[0].shape, device=device, generator=generator).bfloat16()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call] # torch's
     with torch.cuda.device(device):
@@ -173,8 +206,9 @@ def _passes(backend: Backend, shape: AttentionShape, device: torch.device) -> It
             yield float(begin.elapsed_time(end))
 
 
-def _require(backend: Backend, shape: AttentionShape, device: torch.device) -> None:
-    if could_run(backend, device, documents=shape.documents):
+def _require(backend: Backend, shape: AttentionShape, device: torch.device, subject: str) -> None:
+    """`subject` is what an error says of whom."""
+    if shape.could_run(backend, device):
         refusal = refusal_of(backend, shape, device)
     elif device.type != "cuda":
         refusal = f"it needs CUDA, and the device is {device.type}"
@@ -183,7 +217,7 @@ def _require(backend: Backend, shape: AttentionShape, device: torch.device) -> N
     else:
         refusal = "it knows nothing of documents, which model.document_attention asks for"
     if refusal:
-        raise InputError(f"attention_backend {backend} cannot run here: {refusal}; give auto, or another one")
+        raise InputError(f"{subject} cannot run here: {refusal}; give auto, or another one")
 
 
 def refusal_of(backend: Backend, shape: AttentionShape, device: torch.device) -> str:

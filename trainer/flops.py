@@ -14,7 +14,8 @@ from trainer.parameters import parameters
 _PER_WEIGHT = 6
 _PER_POSITION = 6
 """Queries with keys and weights with values, 2 operations each and dimension over half of the positions (causal), and
-twice that backward: 6 * time * dim per token."""
+twice that backward: 6 * time * dim per token. With a window of w the average position sees w - w^2 / (2 time) others,
+which is the half where w is a row: 6 * dim * w * (2 - w / time)."""
 
 
 def runs_per_layer(model: ModelConfig, *, loop_active: bool = True) -> tuple[int, ...]:
@@ -27,11 +28,14 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, *, loop_active: bool
     """Of the forward and the backward pass, at `seq_len` positions a row.
 
     Looped layers count each time they run. With `document_attention` a position sees its own document only, which is
-    less work than this says: how much less depends on the text, so the attention is counted as over the whole row.
+    less work than this says: how much less depends on the text, so the attention is counted as over the whole row, or
+    the whole window.
     """
     runs = runs_per_layer(model, loop_active=loop_active)
-    attention = _PER_POSITION * seq_len * model.model_dim * sum(runs)
-    return float(_PER_WEIGHT * _multiplied_weights(model, runs) + attention)
+    window = model.window_at(seq_len) or seq_len
+    within = window * (2 - window / seq_len)
+    seen = sum(count * (within if model.windowed(layer) else seq_len) for layer, count in enumerate(runs))
+    return float(_PER_WEIGHT * _multiplied_weights(model, runs) + _PER_POSITION * model.model_dim * seen)
 
 
 def _multiplied_weights(model: ModelConfig, runs: tuple[int, ...]) -> int:

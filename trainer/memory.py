@@ -163,10 +163,19 @@ def _training_pass(config: TrainConfig, tokens: int) -> dict[str, int]:
     activations = {f"pass: {name}": tokens * size for name, size in activation_bytes(model).items()}
     if config.model.document_attention:
         activations["pass: documents"] = tokens * _FP32
-        if config.attention_backend == "plain":
-            activations["pass: documents' mask"] = tokens * config.batch.train_seq_len * _MASK
+    if config.attention_backend == "plain":
+        activations |= _masks(config, tokens)
     gradients = {"pass: new gradients": _FP32 * sum(p.count for p in table.values())}
     return moment | max(activations, gradients, key=lambda part: sum(part.values()))
+
+
+def _masks(config: TrainConfig, tokens: int) -> dict[str, int]:
+    """Of documents one a row; of a window beside them another, or else one of all rows."""
+    time, documents = config.batch.train_seq_len, config.model.document_attention
+    masks = {"pass: documents' mask": tokens * time * _MASK} if documents else {}
+    if config.model.window_at(time) is not None:
+        masks["pass: window's mask"] = (tokens if documents else time) * time * _MASK
+    return masks
 
 
 def activation_bytes(model: ModelConfig) -> dict[str, int]:

@@ -92,6 +92,15 @@ class ModelConfig(Section):
     document_attention: bool = Field(
         default=False, description="A position sees its own document only (documents begin with BOS)."
     )
+    attention_window: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**20,
+        description="A position sees itself and the attention_window - 1 before it, at most; none: the whole row.",
+    )
+    full_attention_layers: tuple[LayerIndex, ...] = Field(
+        default=(), description="Layers, counted from 0, that see the whole row none the less."
+    )
     smear_gate: bool = Field(
         default=False, description="Each embedding takes a gated share of the one before it, never across a BOS."
     )
@@ -153,6 +162,17 @@ class ModelConfig(Section):
         """U-net skips: layer `num_layers // 2 - 1 - i` feeds layer `num_layers // 2 + i`."""
         return self.num_layers // 2 if self.unet_skips else 0
 
+    def windowed(self, layer: int) -> bool:
+        """Whether a layer has the window."""
+        return self.attention_window is not None and layer not in self.full_attention_layers
+
+    def window_at(self, time: int) -> int | None:
+        """The window in rows of `time` positions; None if no layer sees less than the row for it."""
+        window = self.attention_window
+        if window is None or window >= time or len(self.full_attention_layers) == self.num_layers:
+            return None
+        return window
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.model_dim % self.num_heads:
@@ -169,7 +189,19 @@ class ModelConfig(Section):
                 f"give mlp_mult of at least {1 / self.model_dim:.4g}"
             )
         self._require_layers()
+        self._require_window()
         return self
+
+    def _require_window(self) -> None:
+        """Raise ValueError for exceptions from a window that there is not, or that name a layer twice."""
+        full = self.full_attention_layers
+        if full and self.attention_window is None:
+            raise ValueError(
+                f"full_attention_layers {list(full)} are exceptions from attention_window, which is not set: all "
+                "layers see the whole row; set attention_window, or leave them out"
+            )
+        if len(set(full)) != len(full):
+            raise ValueError(f"full_attention_layers {list(full)} names a layer twice")
 
     def _require_layers(self) -> None:
         """Raise ValueError for an option that names a layer there is not."""
@@ -181,6 +213,8 @@ class ModelConfig(Section):
             raise ValueError(f"xsa_last_layers is {self.xsa_last_layers}, {has}; give at most {self.num_layers}")
         if self.value_embedding and max(self.value_embedding.layers) >= self.num_layers:
             raise ValueError(f"value_embedding names layer {max(self.value_embedding.layers)}, {has}")
+        if max(self.full_attention_layers, default=0) >= self.num_layers:
+            raise ValueError(f"full_attention_layers names layer {max(self.full_attention_layers)}, {has}")
         if self.parallel_from is None:
             return
         if self.parallel_from >= self.num_layers:

@@ -4,13 +4,14 @@ matrix rate that its speed is held against. None of it belongs to the configurat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import get_args
 
 import torch
 
-from trainer.attention_choice import choose_backend, summary
+from trainer.attention_choice import choose_backend, choose_window_backend, summary
 from trainer.config import TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
@@ -35,6 +36,9 @@ class RunPlan:
     """Tokens per forward pass of one process."""
     backend: Backend
     timings: tuple[BackendTiming, ...]
+    window_backend: Backend
+    """Of layers with a window, if there are any."""
+    window_timings: tuple[BackendTiming, ...]
     matrix_rate: float
     """FLOP/s of one device."""
     free_bytes: int | None
@@ -47,7 +51,7 @@ class RunPlan:
         require_shared_batch(config, ranks)
         free = _least_free_bytes(device, ranks)
         micro_tokens = _micro_tokens(config, device, ranks, free)
-        backend, timings = _backend(config, micro_tokens, device, ranks)
+        (backend, timings), (window_backend, window_timings) = _backends(config, micro_tokens, device, ranks)
         (rate,) = ranks.first_says([_measured_rate(device)])
         return cls(
             config=config,
@@ -57,6 +61,8 @@ class RunPlan:
             micro_tokens=micro_tokens,
             backend=backend,
             timings=timings,
+            window_backend=window_backend,
+            window_timings=window_timings,
             matrix_rate=rate,
             free_bytes=free,
         )
@@ -84,8 +90,12 @@ class RunPlan:
             predicted = self._predicted_bytes() / 1e9
             detail += f" predicted:{predicted:.1f}GB free:{self.free_bytes / 1e9:.1f}GB"
         told = [Event(kind="micro_batch", step=step, detail=detail)]
-        if self.timings:
-            told.append(Event(kind="attention", step=step, detail=summary(self.backend, self.timings)))
+        windowed = self.config.model.window_at(self.config.batch.train_seq_len) is not None
+        if self.timings or windowed:
+            detail = summary(self.backend, self.timings)
+            if windowed:
+                detail += f" window:{summary(self.window_backend, self.window_timings)}"
+            told.append(Event(kind="attention", step=step, detail=detail))
         return told
 
     def _predicted_bytes(self) -> int:
@@ -135,17 +145,19 @@ def _micro_tokens(config: TrainConfig, device: torch.device, ranks: Ranks, free:
     return default_micro_tokens(config, ranks.world_size)
 
 
-def _backend(
+def _backends(
     config: TrainConfig, micro_tokens: int, device: torch.device, ranks: Ranks
-) -> tuple[Backend, tuple[BackendTiming, ...]]:
-    """All processes take what the first one found: near a tie their own measurements could differ."""
+) -> Iterator[tuple[Backend, tuple[BackendTiming, ...]]]:
+    """Of whole rows and of windows. All processes take what the first one found: near a tie their own measurements
+    could differ."""
     seq_len = config.batch.train_seq_len
-    found, timings = choose_backend(
-        config.attention_backend, config.model, rows=micro_tokens // seq_len, time=seq_len, device=device
-    )
     known: tuple[Backend, ...] = get_args(Backend)
-    (index,) = ranks.first_says([float(known.index(found))])
-    return known[int(index)], timings
+    for choose in (choose_backend, choose_window_backend):
+        found, timings = choose(
+            config.attention_backend, config.model, rows=micro_tokens // seq_len, time=seq_len, device=device
+        )
+        (index,) = ranks.first_says([float(known.index(found))])
+        yield known[int(index)], timings
 
 
 @cache

@@ -176,7 +176,7 @@ def _model(plan: RunPlan) -> GPT:
     optimizer = plan.config.optimizer
     track_inputs = optimizer.input_covariance_decay if optimizer.muon_input_aware else None
     model = GPT(plan.config.model, plan.config.export, track_inputs=track_inputs).to(plan.device)
-    model.attention_backend = plan.backend
+    model.attention_backend, model.window_backend = plan.backend, plan.window_backend
     if plan.config.model.recurrence is not None:
         model.set_loop_gate(0.0)
     return model

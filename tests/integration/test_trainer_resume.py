@@ -42,6 +42,7 @@ STATES: dict[str, Settings] = {
     },
     "an epoch that ends": {"batch": {"train_batch_tokens": 1280, "micro_batch_tokens": 256}},
     "whole documents": {"data": {"order": "documents"}, "model": {"document_attention": True}},
+    "a window in some layers": {"model": {"attention_window": 5, "full_attention_layers": [1]}},
     "windows as they stand": {"data": {"order": "sequential", "prefetch_batches": 0}},
     "other losses": {"loss": {"focal_gamma": 1.0, "z_loss": 1e-2}},
     "nats per byte": {"loss": {"weighting": "bpb"}},
@@ -73,15 +74,17 @@ def _one_thread(seeded_on_one_thread: None) -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+# Events of a process rather than of the run.
+_OF_EACH_START = {"micro_batch", "attention", "checkpoint", "interrupted", "wall"}
+
+
 def said(lines: list[Line]) -> list[Any]:
     """What a log says of the run itself: points without their clocks, events but those of stopping and wall time."""
     told: list[Any] = []
     for line in lines:
         if isinstance(line, TrainPoint):
             told.append((line.step, line.planned_steps, line.train_loss, line.epoch))
-        elif isinstance(line, FinalPoint) or (
-            isinstance(line, Event) and line.kind not in {"micro_batch", "checkpoint", "interrupted", "wall"}
-        ):
+        elif isinstance(line, FinalPoint) or (isinstance(line, Event) and line.kind not in _OF_EACH_START):
             told.append(line)
     return told
 

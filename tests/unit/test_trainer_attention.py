@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slow_attention import by_hand, package
 from trainer import attention_choice
 from trainer.attention_choice import AttentionShape, choose_backend, preferred, random_segments, summary
 from trainer.config import AttentionBackend, ModelConfig
@@ -38,23 +35,6 @@ TIME = 7
 ROWS = torch.tensor([[1, 5, 5, 1, 5, 5, 5], [5, 5, 1, 1, 5, 5, 1]])
 DOCUMENTS = [[0, 0, 0, 1, 1, 1, 1], [2, 2, 3, 4, 4, 4, 5]]
 STARTS = [0, 3, 7, 9, 10, 13]
-
-
-def by_hand(q: Tensor, k: Tensor, v: Tensor, documents: list[list[int]] | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v one position at a time, in float64; several query heads may share a key."""
-    batch, time, heads, width = q.shape
-    shared = heads // k.shape[2]
-    found = torch.zeros(batch, time, heads, width, dtype=torch.float64)
-    for row in range(batch):
-        for at in range(time):
-            own = None if documents is None else documents[row]
-            seen = [key for key in range(at + 1) if own is None or own[key] == own[at]]
-            for head in range(heads):
-                keys, values = (part[row, seen, head // shared].double() for part in (k, v))
-                scores = keys @ q[row, at, head].double() / math.sqrt(width)
-                weights = torch.exp(scores - scores.max())
-                found[row, at, head] = weights / weights.sum() @ values
-    return found
 
 
 def heads(query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,37 +143,6 @@ class TestKernels:
     def test_cudnn_knows_nothing_of_documents(self) -> None:
         with pytest.raises(ValueError, match="cudnn knows nothing of documents"):
             attention_of("cudnn", time=TIME, segments=segments_of(ROWS, None), device=CPU)
-
-
-def package(*, as_tuple: bool) -> SimpleNamespace:
-    """Stands for FlashAttention-3's: its two functions, slowly; older ones return the log-sum-exp as well."""
-
-    def answered(found: Tensor, like: Tensor) -> Any:
-        whole = found.to(like.dtype)
-        return (whole, torch.zeros(1)) if as_tuple else whole
-
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Any:
-        assert causal
-        return answered(by_hand(q, k, v, None), q)
-
-    def flash_attn_varlen_func(  # noqa: PLR0917 - the package's own order
-        q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int, *, causal: bool
-    ) -> Any:
-        assert causal
-        assert starts_q.dtype == starts_k.dtype == torch.int32
-        assert torch.equal(starts_q, starts_k)
-        bounds = starts_q.tolist()
-        assert (bounds[0], bounds[-1]) == (0, q.shape[0])
-        lengths = [stop - start for start, stop in pairwise(bounds)]
-        assert min(lengths) >= 0
-        assert max(lengths) <= min(most_q, most_k)
-        parts = [torch.split(part, lengths) for part in (q, k, v)]
-        found = [
-            by_hand(own_q[None], own_k[None], own_v[None], None)[0] for own_q, own_k, own_v in zip(*parts, strict=True)
-        ]
-        return answered(torch.cat(found), q)
-
-    return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
 
 
 class TestFlash3:

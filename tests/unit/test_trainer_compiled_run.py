@@ -36,7 +36,8 @@ CASES: dict[str, Settings] = {
     | {
         "limits": {"steps": 6},
         "model": EVERYTHING["model"]
-        | {"num_layers": 2, "recurrence": LOOP, "parallel_from": 1, "value_embedding": {"layers": [1], "dim": 8}},
+        | {"num_layers": 2, "recurrence": LOOP, "parallel_from": 1, "value_embedding": {"layers": [1], "dim": 8}}
+        | {"attention_window": 3, "full_attention_layers": [1]},
         "qat": {"enabled": True, "start_fraction": 0.5},
         "export": {"bits": 4},
     },
@@ -199,3 +200,7 @@ def test_by_layer_neither_depth_nor_a_loop_takes_more_graphs() -> None:
     deep = ModelConfig(num_layers=8, xsa_last_layers=8, recurrence=loop, **shape)
     assert graphs_of(deep, looped=False) == graphs_of(deep, looped=True) == shallow
     assert shallow == 6  # the beginning, a layer's matrices, a layer, a skip, the end, and the loss
+    windows = deep.model_copy(update={"attention_window": 3, "full_attention_layers": (1, 3, 7)})
+    assert graphs_of(windows, looped=False) == graphs_of(windows, looped=True) == shallow + 1
+    no_window = windows.model_copy(update={"full_attention_layers": tuple(range(8))})
+    assert graphs_of(no_window, looped=True) == shallow

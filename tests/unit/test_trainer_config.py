@@ -43,6 +43,14 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
         ({"model": {"model_dim": 24, "num_heads": 8}}, "even head dimension"),
         ({"model": {"num_layers": 4, "recurrence": {"first": 2, "last": 4}}}, "there are only layers 0..3"),
         ({"model": {"recurrence": {"first": 3, "last": 2}}}, "ends before it begins"),
+        ({"model": {"attention_window": 0}}, "model.attention_window"),
+        ({"model": {"full_attention_layers": [1, 3]}}, "[1, 3] are exceptions from attention_window, which is not set"),
+        ({"model": {"attention_window": 8, "full_attention_layers": [1, 1]}}, "names a layer twice"),
+        ({"model": {"attention_window": 8, "full_attention_layers": [-1]}}, "model.full_attention_layers"),
+        (
+            {"model": {"num_layers": 3, "attention_window": 8, "full_attention_layers": [0, 3]}},
+            "full_attention_layers names layer 3, but there are only layers 0..2",
+        ),
         ({"batch": {"train_batch_tokens": 1000, "train_seq_len": 256}}, "not a multiple of train_seq_len"),
         (
             {"batch": {"train_batch_tokens": 1024, "train_seq_len": 256, "micro_batch_tokens": 768}},
@@ -116,6 +124,15 @@ def test_values_are_frozen() -> None:
 def test_derived_sizes() -> None:
     model = ModelConfig(model_dim=96, num_heads=6, num_kv_heads=2, mlp_mult=2.5, rope_fraction=0.45)
     assert (model.head_dim, model.mlp_dim, model.rope_dims) == (16, 240, 6)
+
+
+def test_a_window_is_none_where_no_layer_sees_less_for_it() -> None:
+    model = ModelConfig(num_layers=3, attention_window=8, full_attention_layers=(2,))
+    assert [model.windowed(layer) for layer in range(3)] == [True, True, False]
+    assert [model.window_at(time) for time in (7, 8, 9, 100)] == [None, None, 8, 8]
+    assert ModelConfig(num_layers=2, attention_window=8, full_attention_layers=(1, 0)).window_at(100) is None
+    assert ModelConfig().window_at(100) is None
+    assert not ModelConfig().windowed(0)
 
 
 def test_the_token_limit_is_the_stricter_of_tokens_and_steps() -> None:

@@ -48,6 +48,29 @@ def test_every_option_that_multiplies_counts_as_often_as_it_runs() -> None:
     assert runs_per_layer(ModelConfig(**TINY, recurrence=loop)) == (1, 4, 1)
 
 
+def test_a_window_counts_the_positions_that_it_leaves_to_see() -> None:
+    def attention(window: int | None, time: int = 16, **options: Any) -> float:
+        """Of all layers, per token and dimension."""
+        config = ModelConfig(**TINY, attention_window=window, **options)
+        products = train_flops_per_token(ModelConfig(**TINY), time, loop_active=True) - 3 * 6 * time * 32
+        return (train_flops_per_token(config, time, loop_active=True) - products) / 32
+
+    assert attention(16) == attention(400) == attention(None) == 3 * 6 * 16
+    assert attention(15) == pytest.approx(attention(16), rel=0.01)
+    for window in range(1, 16):
+        assert attention(window) < attention(window + 1)
+        seen = sum(min(at + 1, window) for at in range(16)) / 16
+        # Half a position less than there is, for a whole row, and the whole of it for a short window.
+        assert attention(window) / (3 * 12) == pytest.approx(seen - window / 32)
+    assert attention(4, time=2**20) == pytest.approx(3 * 12 * 4, rel=1e-5)
+    assert attention(4, full_attention_layers=(1,)) == pytest.approx(attention(4) * 2 / 3 + 6 * 16)
+    loop = {"first": 1, "last": 1, "loops": 4}
+    looped = ModelConfig(**TINY, attention_window=4, full_attention_layers=(0,), recurrence=loop)
+    on, off = (train_flops_per_token(looped, 16, loop_active=active) for active in (True, False))
+    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 2 * 32 * 64
+    assert on - off == 3 * (6 * layer + 32 * attention(4) / 3)
+
+
 def test_matrix_products_are_those_that_torch_counts() -> None:
     """torch counts attention over all positions and what its backward pass computes again; products alone agree."""
     config = ModelConfig(**TINY, recurrence={"first": 1, "last": 2, "loops": 2})

@@ -98,6 +98,21 @@ def test_what_a_setting_adds_is_where_it_is_looked_for() -> None:
     assert two["communication"] > 0
 
 
+def test_masks_of_plain_attention_are_counted() -> None:
+    def masks(backend: str, **model: Any) -> dict[str, int]:
+        terms = memory_terms(config(model=model, attention_backend=backend), 65536)
+        return {name: size for name, size in terms.items() if "mask" in name}
+
+    window = {"attention_window": 256, "full_attention_layers": (0,)}
+    by_row, of_all = 65536 * 1024 * 3, 1024 * 1024 * 3
+    assert masks("plain") == masks("plain", attention_window=1024) == {}
+    assert masks("plain", **window) == {"pass: window's mask": of_all}
+    assert masks("plain", document_attention=True) == {"pass: documents' mask": by_row}
+    both = {"pass: documents' mask": by_row, "pass: window's mask": by_row}
+    assert masks("plain", document_attention=True, **window) == both
+    assert masks("flash", document_attention=True, **window) == masks("auto", **window) == {}
+
+
 def test_activations_of_each_option() -> None:
     def parts(**model: Any) -> dict[str, int]:
         return activation_bytes(ModelConfig(num_layers=4, **model))

@@ -41,6 +41,9 @@ SINGLE: dict[str, Options] = {
     "full gate": {"attention_gate": "full"},
     "sparse gate": {"attention_gate": "sparse"},
     "documents": {"document_attention": True},
+    "window": {"attention_window": 3, "full_attention_layers": (1, 4)},
+    "window of one": {"attention_window": 1},
+    "documents, window": {"document_attention": True, "attention_window": 2, "full_attention_layers": (0,)},
     "smear": {"smear_gate": True},
     "bigram embedding": {"bigram_embedding": {"rows": 13, "dim": 7}},
     "value embedding": {"value_embedding": {"layers": (3, 0), "dim": 7}},
@@ -58,6 +61,8 @@ ALL: Options = {
     "xsa_last_layers": 2,
     "attention_gate": "sparse",
     "document_attention": True,
+    "attention_window": 2,
+    "full_attention_layers": (1,),
     "smear_gate": True,
     "bigram_embedding": {"rows": 13, "dim": 9},
     "value_embedding": {"layers": (0, 3), "dim": 7},
@@ -220,6 +225,8 @@ class Reference:
                 seen = [s for s in range(t + 1) if self.document[s] == self.document[t]]
                 if not config.document_attention:
                     seen = list(range(t + 1))
+                if config.attention_window is not None and layer not in config.full_attention_layers:
+                    seen = [s for s in seen if t - s < config.attention_window]
                 query = self.turn(rms(q[t, here]), t) * state[f"{at}.q_gain"][head]
                 scores = torch.stack([query @ keys[s] for s in seen]) / math.sqrt(hd)
                 y = torch.softmax(scores, 0) @ v[seen, there]

@@ -70,6 +70,28 @@ class TestPlan:
         with pytest.raises(InputError, match="attention_backend flash cannot run here"):
             RunPlan.make(config(attention_backend="flash"), dataset, CPU)
 
+    def test_the_log_tells_the_kernel_of_the_windows(self, dataset: DataSet) -> None:
+        def told(plan: RunPlan) -> list[str]:
+            return [event.detail for event in plan.events(3) if event.kind == "attention"]
+
+        model = config().model.model_copy(update={"attention_window": 4})
+        assert not told(RunPlan.make(config(), dataset, CPU))
+        assert not told(RunPlan.make(config(model=model.model_copy(update={"attention_window": 16})), dataset, CPU))
+        plan = RunPlan.make(config(model=model), dataset, CPU)
+        assert told(plan) == ["plain window:plain"]
+        measured = replace(
+            plan,
+            backend="cudnn",
+            window_backend="flash",
+            timings=(BackendTiming(backend="cudnn", milliseconds=1.0),),
+            window_timings=(BackendTiming(backend="flash", milliseconds=0.5, kept=True),),
+        )
+        assert told(measured) == ["cudnn cudnn:1.00ms window:flash flash:0.50ms kept"]
+        (event,) = (event for event in measured.events(3) if event.kind == "attention")
+        assert parse_line(event.line()) == event
+        state = RunState(measured, None)
+        assert (state.model.attention_backend, state.model.window_backend) == ("cudnn", "flash")
+
     def test_a_batch_that_grows_bounds_the_micro_batch(self, dataset: DataSet) -> None:
         growing = batch(warmup_start_tokens=80, warmup_fraction=0.5)  # five windows; four divide the twelve
         assert RunPlan.make(growing, dataset, CPU).micro_tokens == 64

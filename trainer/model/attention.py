@@ -79,11 +79,13 @@ class AttentionWeights(NamedTuple):
 
 
 class PassContext(NamedTuple):
-    """What all layers of one pass share: rotary tables, the attention's kernel with its masks, the input embedding
-    (batch, time, dim), and the projected value embedding (batch, time, kv_dim), if there is one."""
+    """What all layers of one pass share: rotary tables, the attention's kernel with its masks, over whole rows and of
+    layers with a window, the input embedding (batch, time, dim), and the projected value embedding (batch, time,
+    kv_dim), if there is one."""
 
     tables: RopeTables
     attend: Attend
+    attend_window: Attend
     embedded: Tensor
     values: Tensor | None
 
@@ -115,6 +117,7 @@ class CausalSelfAttention(nn.Module):
         if config.value_embedding is not None and layer in config.value_embedding.layers:
             self.value_scale = nn.Parameter(torch.zeros(1))
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
+        self.windowed = config.windowed(layer)
         self.qkv_inputs = self.proj_inputs = None
         if track_inputs is not None:
             self.qkv_inputs = InputCovariance(dim, track_inputs)
@@ -123,7 +126,8 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, weights: AttentionWeights, shared: PassContext, adapters: BlockAdapters | None = None
     ) -> Tensor:
-        """(batch, time, dim) -> (batch, time, dim); position t sees positions up to t, as `shared.attend` has it."""
+        """(batch, time, dim) -> (batch, time, dim); position t sees positions up to t, as its function in `shared` has
+        it."""
         batch, time, dim = x.shape
         qkv = linear(x, weights.qkv).view(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -134,7 +138,7 @@ class CausalSelfAttention(nn.Module):
             v = torch.addcmul(v, shared.values.view(v.shape), self.value_scale.to(x.dtype))
         q = rms_norm_rope(q, shared.tables, self.q_gain)
         k = rms_norm_rope(k, shared.tables)
-        attended = shared.attend(q, k, v)
+        attended = shared.attend_window(q, k, v) if self.windowed else shared.attend(q, k, v)
         if self.exclusive:
             attended = without_own_value(attended, v)
         if self.gate is not None:

@@ -1,14 +1,19 @@
 """The kernels that causal attention can run on, and where documents begin for them.
 
 - `flash3`: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), if its package `flash_attn_interface` is installed.
-- `flash`: FlashAttention-2 (Dao 2023, arXiv:2307.08691) as torch has it; per document by its variable-length form.
-- `cudnn`: cuDNN's, through torch. It knows nothing of documents.
+- `flash`: FlashAttention-2 (Dao 2023, arXiv:2307.08691) as torch has it; per document, and within a window, by its
+  variable-length form.
+- `cudnn`: cuDNN's, through torch. It knows nothing of documents, nor of windows.
 - `flex`: torch's FlexAttention (arXiv:2412.05496), a Triton kernel that passes over what a mask leaves empty. Here not
   by document either: with a mask for each row that is made within the compiled pass, its kernels met addresses that
   were not theirs (torch 2.11, H100), whether torch's function made the mask or arithmetic did.
-- `plain`: whatever `scaled_dot_product_attention` takes; documents are a mask of (time, time) a row.
+- `plain`: whatever `scaled_dot_product_attention` takes; documents are a mask of (time, time) a row, a window is one of
+  all rows.
 
 All compute the same function, with grouped heads; `benchmarks/attention.py` holds each of them against float64.
+
+A window (Beltagy et al. 2020, Longformer, arXiv:2004.05150; Jiang et al. 2023, Mistral 7B, arXiv:2310.06825) of w: a
+position sees itself and the w - 1 before it, as far as they are in its row and its document.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ def flash3_version() -> str | None:
 
 
 _DENSE_ONLY: frozenset[Backend] = frozenset({"cudnn", "flex"})
+WITHOUT_WINDOW: frozenset[Backend] = frozenset({"cudnn"})
 
 
 class Segments(NamedTuple):
@@ -86,40 +92,54 @@ def _starts(inputs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return starts | given.index_fill(0, cu_seqlens.long(), True)[:-1].view_as(inputs)
 
 
-def could_run(backend: Backend, device: torch.device, *, documents: bool) -> bool:
+def could_run(backend: Backend, device: torch.device, *, documents: bool, window: bool = False) -> bool:
     """Whether it is worth a try: there for this kind of device and of attention. `plain` always is."""
     if backend == "plain":
         return True
-    if device.type != "cuda" or (documents and backend in _DENSE_ONLY):
+    if device.type != "cuda" or (documents and backend in _DENSE_ONLY) or (window and backend in WITHOUT_WINDOW):
         return False
     return backend != "flash3" or _FLASH3 is not None
 
 
-def attention_of(backend: Backend, *, time: int, segments: Segments | None, device: torch.device) -> Attend:
-    """Causal attention over `time` positions, within documents if `segments` are given.
+def attention_of(
+    backend: Backend, *, time: int, segments: Segments | None, device: torch.device, window: int | None = None
+) -> Attend:
+    """Causal attention over `time` positions, within documents if `segments` are given, and over no more than the last
+    `window` positions. A window as long as the row is none.
 
     Raises ValueError for a backend that cannot.
     """
+    if window is not None and window >= time:
+        window = None
     if segments is not None and backend in _DENSE_ONLY:
         raise ValueError(f"attention backend {backend} knows nothing of documents")
+    if window is not None and backend in WITHOUT_WINDOW:
+        raise ValueError(f"attention backend {backend} knows nothing of windows")
     if backend == "flash3":
-        return _flash3_attention(segments, time)
+        return _flash3_attention(segments, time, window)
     if backend == "flex":
-        return _flex_attention(time, device)
-    if backend == "flash" and segments is not None:
-        return _flash_by_document(segments, time)
-    return _scaled_dot_product(_KERNELS.get(backend), segments, time)
+        return _flex_attention(time, device, window)
+    if backend == "flash" and (segments is not None or window is not None):
+        return _flash_of_variable_length(segments, time, window)
+    return _scaled_dot_product(_KERNELS.get(backend), _mask(segments, time, window, device))
 
 
 _KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-def _scaled_dot_product(kernel: SDPBackend | None, segments: Segments | None, time: int) -> Attend:
-    mask = None
-    if segments is not None:
-        causal = torch.ones(time, time, dtype=torch.bool, device=segments.ids.device).tril()
-        mask = ((segments.ids.unsqueeze(2) == segments.ids.unsqueeze(1)) & causal).unsqueeze(1)
+def _mask(segments: Segments | None, time: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys (last) each query sees; (time, time), or (batch, 1, time, time) by document. None: all before it."""
+    if segments is None and window is None:
+        return None
+    seen = torch.ones(time, time, dtype=torch.bool, device=device).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
+    if segments is None:
+        return seen
+    return ((segments.ids.unsqueeze(2) == segments.ids.unsqueeze(1)) & seen).unsqueeze(1)
 
+
+def _scaled_dot_product(kernel: SDPBackend | None, mask: Tensor | None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, values = (part.transpose(1, 2) for part in (q, k, v))
         grouped = k.shape[2] != q.shape[2]
@@ -137,38 +157,48 @@ def _scaled_dot_product(kernel: SDPBackend | None, segments: Segments | None, ti
     return attend
 
 
-def _flash_by_document(segments: Segments, time: int) -> Attend:
+def _flash_of_variable_length(segments: Segments | None, time: int, window: int | None) -> Attend:
     from trainer.model.varlen_attention import varlen_attention  # noqa: PLC0415 - see there
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, values = (part.flatten(0, 1) for part in (q, k, v))
-        return varlen_attention(queries, keys, values, segments.cu_seqlens, time).view(q.shape)
+        if segments is None:
+            starts = torch.arange(0, (q.shape[0] + 1) * time, time, dtype=torch.int32, device=q.device)
+        else:
+            starts = segments.cu_seqlens
+        return varlen_attention(queries, keys, values, starts, time, window=window).view(q.shape)
 
     return attend
 
 
-def _flash3_attention(segments: Segments | None, time: int) -> Attend:
+def _flash3_attention(segments: Segments | None, time: int, window: int | None) -> Attend:
     package = _FLASH3
     if package is None:
         raise ValueError("attention backend flash3 needs the package flash_attn_interface")
+    sees: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if segments is None:
-            found = package.flash_attn_func(q, k, v, causal=True)
+            found = package.flash_attn_func(q, k, v, causal=True, **sees)
         else:
             bounds = segments.cu_seqlens
             flat = (part.flatten(0, 1) for part in (q, k, v))
-            found = package.flash_attn_varlen_func(*flat, bounds, bounds, time, time, causal=True)
+            found = package.flash_attn_varlen_func(*flat, bounds, bounds, time, time, causal=True, **sees)
         attended: Tensor = found[0] if isinstance(found, tuple) else found  # older ones return the log-sum-exp too
         return attended.view(q.shape)
 
     return attend
 
 
-def _flex_attention(time: int, device: torch.device) -> Attend:
-    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _flex_attention(time: int, device: torch.device, window: int | None) -> Attend:
+    def sees_all(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
+    def sees_window(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < most)
+
+    most = window or time
+    sees = sees_all if window is None else sees_window
     mask = create_block_mask(sees, None, None, time, time, device=str(device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ Precision: parameters are float32 masters; a pass computes in bfloat16 on CUDA a
 Quantisation-aware training replaces exactly the weights that the exporter will quantise with their
 fake-quantised values (straight-through gradients).
 
-The switches (`set_recurrence`, `set_fake_quant`, `attention_backend`) are plain attributes of the instance, which
-torch.compile guards: a change runs, or compiles once, another graph. So nothing is paid for a switch that is off, and
-nothing is folded away when it goes on; a test under torch.compile holds this, because a *class* attribute
-once was folded in a public run and its QAT never ran. The loop's gate moves all the time: it is a buffer, filled in
-place, and no graph depends on its value.
+The switches (`set_recurrence`, `set_fake_quant`, `attention_backend`, and `window_backend` of the layers with a window)
+are plain attributes of the instance, which torch.compile guards: a change runs, or compiles once, another graph. So
+nothing is paid for a switch that is off, and nothing is folded away when it goes on; a test under torch.compile holds
+this, because a *class* attribute once was folded in a public run and its QAT never ran. The loop's gate moves all the
+time: it is a buffer, filled in place, and no graph depends on its value.
 
 Every option begins as the plain model or as near to it as it can: see `_initialise` and the docstrings of
 `trainer.model.attention`, `blocks`, `stack` and `smear`.
@@ -17,6 +17,7 @@ Every option begins as the plain model or as near to it as it can: see `_initial
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -88,6 +89,7 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", tables.sin, persistent=False)
         self.register_buffer("loop_gate", torch.ones(()), persistent=False)
         self.attention_backend: Backend = "plain"
+        self.window_backend: Backend = "plain"
         self.regions = Regions(begin=GPT._begin, prepare=GPT._prepare, finish=_finish)
         """The parts of a pass; compiled ones may take their place."""
         self.recurrence_active = config.recurrence is not None and config.recurrence.start_fraction == 0.0
@@ -232,14 +234,15 @@ class GPT(nn.Module):
         if ids is None and config.looks_at_the_token_before:
             ids = document_ids(inputs, cu_seqlens)
         x, values, head = regions.begin(self, inputs, ids)
+        attending = partial(attention_of, time=time, segments=segments, device=inputs.device)
+        attend = attend_window = attending(self.attention_backend)
+        window = config.window_at(time)
+        if window is not None:
+            attend_window = attending(self.window_backend, window=window)
         shared = PassContext(
             tables=self._tables(time, x.dtype),
-            attend=attention_of(
-                self.attention_backend,
-                time=time,
-                segments=segments,
-                device=inputs.device,
-            ),
+            attend=attend,
+            attend_window=attend_window,
             embedded=x,
             values=values,
         )
