@@ -52,7 +52,7 @@ def measure(config: TrainConfig, device_name: str) -> dict[str, float]:
         choose("auto", config.model, rows=rows, time=time_, device=device)[0]
         for choose in (choose_backend, choose_window_backend)
     )
-    passes = build_passes(model, compiled=True, scope=config.compile_scope)
+    passes = build_passes(model, compiled=True, scope=config.compile_scope, train_shape=(rows, time_))
     window = torch.randint(config.model.vocab_size, (rows, time_ + 1), device=device)
     inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
 

@@ -35,6 +35,8 @@ from trainer.model.attention_backends import (
 _WARM_RUNS, _TIMED_RUNS = 3, 7
 # Of documents in the measurement: about what English web text has in tokens of a 4,096 vocabulary.
 _MEAN_DOCUMENT_TOKENS = 1000
+# It was never the fastest, and 15 s of compiling showed no more than that.
+_ONLY_IF_ASKED: frozenset[Backend] = frozenset({"flex"})
 # Two measurements of one kernel were up to 7% apart.
 _ABOUT_AS_FAST = 1.1
 # A thing that cannot run says so in one of these; torch's compiler and CUDA raise kinds of RuntimeError.
@@ -108,7 +110,7 @@ def choose_window_backend(
 def _fastest(shape: AttentionShape, device: torch.device) -> tuple[Backend, tuple[BackendTiming, ...]]:
     if device.type != "cuda":
         return "plain", ()
-    tried = [backend for backend in BACKENDS if shape.could_run(backend, device)]
+    tried = [backend for backend in BACKENDS if backend not in _ONLY_IF_ASKED and shape.could_run(backend, device)]
     key = _key(shape, tried, device)
     timings = None if key is None else recall(key)
     if timings is None:

@@ -220,7 +220,7 @@ class TestChoice:
         nowhere = torch.device("cuda:99")
         chosen, timings = choose_backend("auto", DENSE, rows=2, time=64, device=nowhere)
         assert chosen == "plain"
-        assert {"flash", "cudnn", "flex", "plain"} <= {timing.backend for timing in timings}
+        assert {"flash", "cudnn", "plain"} <= {timing.backend for timing in timings}
         assert {timing.milliseconds for timing in timings} == {None}
         assert all("Error: " in timing.refusal and "\n" not in timing.refusal for timing in timings)
         with pytest.raises(InputError, match=r"attention_backend flash cannot run here: \w*Error: .*; give auto"):
@@ -245,6 +245,7 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: card)
         chosen, timings, count = choose()
         assert (chosen, count) == ("cudnn", len(timings))
+        assert "flex" not in measured
         needed["cudnn"] = 9.0  # a busy moment
         again, kept, count = choose()
         assert (again, count) == (chosen, 0)
@@ -273,7 +274,7 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
 
         def timing(backend: Backend, _shape: AttentionShape, _device: torch.device) -> BackendTiming:
-            refuses = backend == "flex"
+            refuses = backend == "flash"
             return BackendTiming(
                 backend=backend,
                 milliseconds=None if refuses else 1.0,

@@ -256,8 +256,8 @@ class TestChoice:
             return full, windowed, list(measured)
 
         monkeypatch.setattr(attention_choice, "timing_of", timing)
-        full = [(name, None) for name in ("flash", "cudnn", "flex", "plain")]
-        assert choose() == ("cudnn", "flash", [*full, *((name, 16) for name in ("flash", "flex", "plain"))])
+        full = [(name, None) for name in ("flash", "cudnn", "plain")]
+        assert choose() == ("cudnn", "flash", [*full, *((name, 16) for name in ("flash", "plain"))])
         assert choose() == ("cudnn", "flash", [])
         keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "attention").iterdir()]
         assert sorted(key.get("window", 0) for key in keys) == [0, 16]
