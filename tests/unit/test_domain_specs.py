@@ -38,7 +38,7 @@ def test_seed_and_limits_reach_the_trainer() -> None:
         ({"resources": {"gpus": 2}, "trainer": {"batch": {"micro_batch_tokens": 524288}}}, "at most 262144"),
         ({"trainer": None, "command": ["x"], "init_from": "a.pt"}, "init_from belongs to trainer"),
         ({"init_from": ""}, "at least 1"),
-        ({"trainer": {"preset": "recomended"}}, "not one of recommended, baseline"),
+        ({"trainer": {"preset": "recomended"}}, "not one of recommended, public-stack, baseline"),
         ({"log": {"format": "jsonl", "fields": {"step": "s"}}}, "belongs to command"),
         ({"lerning_rate": 1}, "Extra inputs"),
         ({"limits": {}}, "at least one"),

@@ -33,8 +33,8 @@ def nine_layers(**model: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("preset", "micro_tokens", "seen"),
     [
-        ("recommended", 16384, 7.91e9),
-        ("recommended", 65536, 23.81e9),
+        ("public-stack", 16384, 7.91e9),
+        ("public-stack", 65536, 23.81e9),
         ("baseline", 16384, 4.39e9),
         ("baseline", 65536, 11.32e9),
         ("study-11l-3x-v1024", 16384, 5.88e9),
@@ -54,8 +54,8 @@ def test_what_an_h100_showed_is_predicted_within_a_tenth(preset: str, micro_toke
 @pytest.mark.parametrize(
     ("asked", "seen"),
     [
-        ({"preset": "recommended", "batch": {"train_batch_tokens": 65536, "micro_batch_tokens": 65536}}, 23.28e9),
-        ({"preset": "recommended", "batch": {"train_batch_tokens": 131072, "micro_batch_tokens": 131072}}, 45.06e9),
+        ({"preset": "public-stack", "batch": {"train_batch_tokens": 65536, "micro_batch_tokens": 65536}}, 23.28e9),
+        ({"preset": "public-stack", "batch": {"train_batch_tokens": 131072, "micro_batch_tokens": 131072}}, 45.06e9),
         ({"preset": "baseline", "model": {"vocab_size": 4096}, "batch": {"micro_batch_tokens": 65536}}, 12.14e9),
     ],
 )
@@ -167,7 +167,11 @@ class TestFitting:
         assert fitting_micro_tokens(config(), 10**15, world_size=3) is None  # 512 windows
 
     @settings(max_examples=30)
-    @given(st.integers(1, 8), st.integers(0, 40 * 10**9), st.sampled_from(["recommended", "study-8l-3x-v4096"]))
+    @given(
+        st.integers(1, 8),
+        st.integers(0, 40 * 10**9),
+        st.sampled_from(["recommended", "public-stack", "study-8l-3x-v4096"]),
+    )
     def test_more_memory_never_chooses_less(self, world_size: int, available: int, preset: str) -> None:
         asked = config(preset=preset)
         less, more = (fitting_micro_tokens(asked, a, world_size=world_size) or 0 for a in (available, 2 * available))

@@ -71,9 +71,9 @@ def test_presets_differ_and_say_nothing_of_limits_seeds_or_machines() -> None:
 
 class TestOverlay:
     def test_what_stands_beside_wins_key_by_key(self) -> None:
-        plain = of("recommended")
+        plain = of("public-stack")
         changed = of(
-            "recommended",
+            "public-stack",
             model={"num_layers": 12, "recurrence": {"loops": 3}},
             optimizer={"matrix_lr": 0.5},
             log_every_steps=7,
@@ -87,7 +87,7 @@ class TestOverlay:
                 "log_every_steps": 7,
             }
         )
-        assert of("recommended") == plain  # the preset itself is as it was
+        assert of("public-stack") == plain  # the preset itself is as it was
 
     def test_null_takes_a_nested_part_away(self) -> None:
         assert of("study-8l-3x-v4096", model={"recurrence": None}).model.recurrence is None
@@ -126,7 +126,7 @@ class TestOverlay:
     )
     def test_a_wrong_key_is_named_as_without_a_preset(self, beside: dict[str, Any], place: tuple[str, ...]) -> None:
         with pytest.raises(ValidationError) as caught:
-            of("recommended", **beside)
+            of("public-stack", **beside)
         assert [error["loc"] for error in caught.value.errors()] == [place]
 
     @pytest.mark.parametrize("name", ["recomended", "", None, 3, ["baseline"]])
@@ -140,7 +140,7 @@ class TestOverlay:
 
     def test_options_that_do_not_go_together_are_refused_after_the_overlay(self) -> None:
         with pytest.raises(ValidationError, match=r"recurrence spans layers 3\.\.5, but there are only layers 0\.\.3"):
-            of("recommended", model={"num_layers": 4})
+            of("public-stack", model={"num_layers": 4, "xsa_last_layers": 4})
 
     @pytest.mark.parametrize("given", [{"model": {}}, {}, 7, None, "recommended", ["preset"]])
     def test_anything_without_a_preset_is_left_alone(self, given: Any) -> None:
@@ -154,8 +154,8 @@ class TestOverlay:
 
 class TestTable:
     def test_each_preset_has_one_line_with_its_facts(self) -> None:
-        rows = [line for line in presets_table().splitlines() if "study" in line or "baseline" in line]
-        assert len(rows) == len(PRESETS) - 1
+        rows = [line for line in presets_table().splitlines() if "study" in line or "-stack" in line]
+        assert len(rows) == len(PRESETS) - 2
         (looped,) = (line for line in rows if "study-8l-3x-v4096" in line)
         facts = PresetFacts.of("study-8l-3x-v4096")
         for shown in (
@@ -183,8 +183,9 @@ class TestTable:
             assert row["low_bytes"] <= row["artifact_bytes"] <= row["high_bytes"]
             assert row["fits"] == (row["artifact_bytes"] <= BUDGET_BYTES)
 
-    def test_the_recommended_one_fits_its_budget(self) -> None:
-        assert PresetFacts.of("recommended").fits
+    @pytest.mark.parametrize("name", ["recommended", "public-stack"])
+    def test_those_that_are_made_for_the_budget_fit_it(self, name: str) -> None:
+        assert PresetFacts.of(name).fits
 
     def test_it_is_torch_free(self) -> None:
         program = (
@@ -222,5 +223,5 @@ class TestVerb:
         answer = run("recomended", *options)
         assert (answer.exit_code, answer.stdout) == (2, "")
         assert answer.stderr == f"error: preset 'recomended' is not one of {', '.join(PRESETS)}\n"
-        with pytest.raises(InputError, match="preset 'recomended' is not one of recommended, baseline"):
+        with pytest.raises(InputError, match="preset 'recomended' is not one of recommended, public-stack, baseline"):
             preset_settings("recomended")
