@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from trainer.bad_input import bad_input_is_one_line
-from trainer.config import TrainConfig
+from trainer.config import Rounding, TrainConfig
 from trainer.data.commands import data_app
 from trainer.durable import write_whole
 from trainer.errors import InputError
@@ -65,18 +65,23 @@ def train(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="model.pt of a finished run.")],
+    *,
     data: DataDir,
     out: OutDir,
+    rounding: Annotated[Rounding | None, typer.Option(help="Instead of the configuration's export.rounding.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where gptq computes.")] = "auto",
 ) -> None:
     """Quantise a model into OUT/model.caddie and prove it on the written bytes."""
     with bad_input_is_one_line():
         from trainer.data.manifest import DataSet  # noqa: PLC0415
         from trainer.export import export as run  # noqa: PLC0415
 
-        result = run(model, DataSet.load(data), out)
+        result = run(model, DataSet.load(data), out, rounding=rounding, device=device)
         _write_result(out, result)
     say = Reporter().note
     say(f"Serialized model {result.scheme}: {result.weights_bytes} bytes")
+    if result.rounding_cost is not None:
+        say(f"GPTQ: {result.rounding_cost:.1%} of what rounding to nearest costs the matrices' outputs")
     say(f"Code size: {result.code_bytes} bytes")
     say(f"Tokenizer (not counted): {result.tokenizer_bytes} bytes")
     say(f"Total submission size {result.scheme}: {result.artifact_bytes} bytes")

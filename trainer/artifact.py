@@ -29,6 +29,9 @@ from trainer.parameters import parameter_count, parameter_shapes, quantized_name
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
 
+Integers = Mapping[str, tuple[Tensor, Tensor]]
+"""By a matrix's name its int8 values (rows, columns) and fp16 scales (rows,), on the CPU."""
+
 MAGIC = b"caddie\x00\x02"
 _LENGTH_BYTES = 4
 _DIGEST_BYTES = 32
@@ -96,8 +99,16 @@ class Artifact:
         return model.to(device).eval()
 
 
-def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: str, recurrence_active: bool) -> bytes:
-    """The artifact's bytes: matrices quantised as `config.export` says, gains and gates in fp16.
+def pack(
+    config: TrainConfig,
+    state: Mapping[str, Tensor],
+    *,
+    tokenizer_sha256: str,
+    recurrence_active: bool,
+    rounded: Integers | None = None,
+) -> bytes:
+    """The artifact's bytes: matrices as the integers `rounded` says, and to the nearest ones where it says nothing;
+    gains and gates in fp16.
 
     Raises InputError if the tensors are not those of the config, or a number is not finite in fp16.
     """
@@ -112,7 +123,9 @@ def pack(config: TrainConfig, state: Mapping[str, Tensor], *, tokenizer_sha256: 
     offset = half = 0
     for name, shape in shapes.items():
         if name in quantized:
-            values, numbers = quantize(state[name].cpu(), config.export.bits, config.export.clip_sigma)
+            values, numbers = (rounded or {}).get(name) or quantize(
+                state[name].cpu(), config.export.bits, config.export.clip_sigma
+            )
             stream, bits = encode(values.numpy().tobytes()), config.export.bits
         else:
             numbers, stream, bits = _as_half(name, state[name]), b"", _HALF_BITS

@@ -102,6 +102,9 @@ class EvaluationConfig(Section):
     batch_tokens: BatchTokens = Field(default=65536, description="Tokens per forward pass of an evaluation.")
 
 
+Rounding = Literal["nearest", "gptq"]
+
+
 class ExportConfig(Section):
     """How the exporter rounds matrices, and training with it: symmetric integers, one scale a row."""
 
@@ -110,10 +113,22 @@ class ExportConfig(Section):
         default=None, gt=0, description="Clip rows at k standard deviations; default: the row's largest magnitude."
     )
 
+    rounding: Rounding = Field(
+        default="nearest",
+        description="nearest: each weight by itself. gptq: each makes up for what rounding the ones before it has "
+        "cost, by what the matrix is multiplied with (arXiv:2210.17323).",
+    )
+    calibration_tokens: int = Field(
+        default=262144, gt=0, description="Of the train shards, from which gptq learns the matrices' inputs."
+    )
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="gptq: added to the inputs' covariance, as a share of its mean diagonal."
+    )
+
     @property
     def scheme(self) -> str:
-        """What an artifact calls it, such as `int6+zlib`."""
-        return f"int{self.bits}+zlib"
+        """What an artifact calls it, such as `int6+zlib` or `int6+gptq+zlib`."""
+        return f"int{self.bits}{'+gptq' if self.rounding == 'gptq' else ''}+zlib"
 
 
 CompileScope = Literal["pass", "layer"]

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from trainer import sizing
-from trainer.artifact import Artifact, pack, unpack
-from trainer.config import ExportConfig
+from trainer.artifact import Artifact, Integers, pack, unpack
+from trainer.calibration import calibration_windows, input_covariances
+from trainer.config import ExportConfig, Rounding, TrainConfig
 from trainer.data.manifest import DataSet
+from trainer.devices import choose_device
 from trainer.durable import write_whole
 from trainer.errors import InputError
+from trainer.model.gpt import GPT
 from trainer.model_file import load_model
 from trainer.quantization.fake_quant import fake_quantize
-from trainer.quantization.rounding import largest_value, row_scales
+from trainer.quantization.gptq import gptq
+from trainer.quantization.rounding import dequantize, largest_value, row_scales
 from trainer.report import RESULT_NAME, ExportResult
 
 ARTIFACT_NAME = "model.caddie"
@@ -28,29 +32,40 @@ class ExportError(InputError):
     """An artifact that does not hold what it should; it is not left behind, and an earlier one stays."""
 
 
-def export(model_path: Path, dataset: DataSet, out: Path) -> ExportResult:
+def export(
+    model_path: Path, dataset: DataSet, out: Path, *, rounding: Rounding | None = None, device: str = "auto"
+) -> ExportResult:
     """Quantise `model_path` into `out/model.caddie`: the written bytes are read back and every tensor is proved
     before they take that name. An old `out/result.json` goes once the input is accepted.
 
+    `rounding` takes the place of the configuration's own. `device` is where GPTQ computes.
     Raises OSError, or InputError (a bad model, other data than it was trained on, or an ExportError).
     """
     saved = load_model(model_path, "cpu")
     saved.require_data(dataset)
-    (out / RESULT_NAME).unlink(missing_ok=True)
     config = saved.config
+    if rounding is not None:
+        config = config.model_copy(update={"export": config.export.model_copy(update={"rounding": rounding})})
+    chosen = choose_device(device, asked_by="--device")
+    (out / RESULT_NAME).unlink(missing_ok=True)
     state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
+    integers: Integers = {}
+    cost = None
+    if config.export.rounding == "gptq":
+        integers, cost = by_gptq(config, saved.model, dataset, chosen)
     data = pack(
         config,
         state,
         tokenizer_sha256=saved.tokenizer_sha256,
         recurrence_active=saved.model.recurrence_active,
+        rounded=integers,
     )
     path = out / ARTIFACT_NAME
     proofs: list[tuple[Artifact, float]] = []
 
     def prove_written(aside: Path) -> None:
         artifact = unpack(aside.read_bytes(), str(path))
-        proofs.append((artifact, prove(artifact, state)))
+        proofs.append((artifact, prove(artifact, state, integers)))
 
     write_whole(path, data, check=prove_written)
     ((artifact, error),) = proofs
@@ -65,21 +80,51 @@ def export(model_path: Path, dataset: DataSet, out: Path) -> ExportResult:
         scheme=artifact.manifest.scheme,
         params=sizing.parameter_count(config.model),
         max_abs_error=error,
+        rounding_cost=cost,
     )
 
 
-def prove(artifact: Artifact, state: dict[str, Tensor]) -> float:
+def by_gptq(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.device) -> tuple[Integers, float | None]:
+    """The integers of every matrix that tokens are multiplied with, and what they cost all outputs together, over what
+    rounding to nearest would (None if that costs nothing)."""
+    windows = calibration_windows(
+        dataset,
+        tokens=config.export.calibration_tokens,
+        seq_len=config.batch.train_seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+    covariances = input_covariances(model, windows, device)
+    integers: dict[str, tuple[Tensor, Tensor]] = {}
+    cost = nearest_cost = 0.0
+    for name, covariance in covariances.items():
+        found = gptq(
+            model.get_parameter(name).to(device),
+            covariance,
+            bits=config.export.bits,
+            clip_sigma=config.export.clip_sigma,
+            damping=config.export.damping,
+        )
+        integers[name] = (found.values.cpu(), found.scales.cpu())
+        cost, nearest_cost = cost + found.cost, nearest_cost + found.nearest_cost
+    return integers, cost / nearest_cost if nearest_cost else None
+
+
+def prove(artifact: Artifact, state: dict[str, Tensor], integers: Integers | None = None) -> float:
     """Largest |weight - dequantised weight|. Raises ExportError unless every tensor is the intended one.
 
-    Intended: bit for bit what training's fake quantisation gives (vectors: their fp16), and within half a step of
-    the weight, plus what rounding the scale to fp16 can move the end of the range. Clipped weights lie beyond.
+    Intended: the `integers` there are; else bit for bit what training's fake quantisation gives (vectors: their fp16),
+    and within half a step of the weight, plus what rounding the scale to fp16 can move the end of the range. Clipped
+    weights lie beyond.
     """
     export_config = artifact.config.export
     quantized = sizing.quantized_names(artifact.config.model)
     largest = 0.0
     for name, tensor in state.items():
         weight, got = tensor.to(torch.float32), artifact.state[name]
-        if name in quantized:
+        allowed: Tensor | None = None
+        if integers is not None and name in integers:
+            intended = dequantize(*integers[name])
+        elif name in quantized:
             intended = fake_quantize(weight, export_config.bits, export_config.clip_sigma)
             allowed = _allowed_error(weight, export_config)
         else:
@@ -88,7 +133,7 @@ def prove(artifact: Artifact, state: dict[str, Tensor]) -> float:
         if not torch.equal(got.view(torch.int32), intended.view(torch.int32)):
             raise ExportError(f"{name}: the artifact does not hold the intended values")
         error = (got - weight).abs()
-        if bool((error > allowed).any()):
+        if allowed is not None and bool((error > allowed).any()):
             raise ExportError(f"{name}: an error of {float(error.max()):.3e} is more than half a step")
         largest = max(largest, float(error.max()))
     return largest

@@ -75,6 +75,10 @@ class ExportResult(_Value):
     scheme: str = Field(description="Such as int6+zlib.")
     params: int
     max_abs_error: float = Field(description="Largest |weight - dequantised weight|, proved on the reloaded bytes.")
+    rounding_cost: float | None = Field(
+        default=None,
+        description="Of gptq: what rounding costs the outputs of all matrices, over what rounding to nearest would.",
+    )
 
 
 class EvaluateResult(_Value):

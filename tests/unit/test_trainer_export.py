@@ -6,20 +6,26 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.artifact import ArtifactError, pack, unpack
-from trainer.config import ExportConfig, LimitsConfig, ModelConfig, TrainConfig
+from trainer.artifact import ArtifactError, pack, read_artifact, unpack
+from trainer.calibration import calibration_windows, input_covariances
+from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
 from trainer.data.prepare import prepare
+from trainer.data.shards import ShardError, open_shard
 from trainer.data.splitting import SeededBytes
+from trainer.errors import InputError
 from trainer.export import ExportError, export, prove
 from trainer.model.gpt import GPT
 from trainer.model_file import CheckpointError, save_model
+from trainer.parameters import parameters
+from trainer.quantization.rounding import quantize
 from trainer.sizing import code_bytes, inference_files, parameter_count, predict_artifact
 
 VOCAB = 300
@@ -35,10 +41,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return prepare([folder / "a.jsonl"], folder / "data", vocab_size=VOCAB, rule=rule).dataset
 
 
-def _model(vocab_size: int = VOCAB, clip: float | None = None) -> tuple[GPT, TrainConfig]:
+def _model(vocab_size: int = VOCAB, clip: float | None = None, **options: Any) -> tuple[GPT, TrainConfig]:
+    shape = {"vocab_size": vocab_size, "num_layers": 1, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1}
     config = TrainConfig(
         limits=LimitsConfig(steps=1),
-        model=ModelConfig(vocab_size=vocab_size, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1),
+        model=ModelConfig.model_validate(shape | options),
+        batch=BatchConfig(train_batch_tokens=64, train_seq_len=16),
         export=ExportConfig(clip_sigma=clip),
     )
     torch.manual_seed(0)
@@ -143,3 +151,70 @@ def test_a_failed_proof_leaves_no_artifact_and_an_earlier_one_alone(
     with pytest.raises(ArtifactError, match="payload"):
         export(tmp_path / "model.pt", dataset, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == ({"model.caddie": earlier} if earlier else {})
+
+
+def test_gptq_writes_its_integers_where_tokens_are_multiplied_and_the_nearest_elsewhere(
+    dataset: DataSet, tmp_path: Path
+) -> None:
+    model, config = _model(clip=3.0, value_embedding={"layers": (0,), "dim": 5}, bigram_embedding={"rows": 9, "dim": 6})
+    config = config.model_copy(update={"export": ExportConfig(clip_sigma=3.0, bits=4)})
+    _save(tmp_path / "model.pt", dataset, model, config)
+    plain = export(tmp_path / "model.pt", dataset, tmp_path / "plain")
+    result = export(tmp_path / "model.pt", dataset, tmp_path / "gptq", rounding="gptq", device="cpu")
+    assert (plain.scheme, result.scheme) == ("int4+zlib", "int4+gptq+zlib")
+    assert plain.rounding_cost is None
+    assert result.rounding_cost is not None
+    assert 0 < result.rounding_cost < 1
+    nearest, found = (read_artifact(tmp_path / name / "model.caddie") for name in ("plain", "gptq"))
+    assert found.config.export.rounding == "gptq"
+    differ = {name for name in found.state if not torch.equal(found.state[name], nearest.state[name])}
+    multiplied = {name for name, p in parameters(config.model).items() if p.kind not in {"control", "embedding"}}
+    assert differ <= multiplied | {"tok_emb.weight"}
+    assert {"tok_emb.weight", "blocks.0.mlp.fc.weight"} <= differ
+
+    # What it keeps are each matrix's outputs, of other text too.
+    windows = torch.from_numpy(open_shard(dataset.val_shards[0])[: 8 * 16].astype("int64")).view(8, 16)
+    for name, covariance in input_covariances(model, windows, torch.device("cpu")).items():
+        errors = [(model.get_parameter(name) - each.state[name]).detach() for each in (found, nearest)]
+        own, near = (float((error @ covariance * error).sum()) for error in errors)
+        assert own < near, name
+
+
+def test_an_integer_that_gptq_did_not_choose_fails_the_proof() -> None:
+    model, config = _model()
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    name = "blocks.0.mlp.fc.weight"
+    values, scales = quantize(state[name], config.export.bits, None)
+    integers = {name: (values.clone(), scales)}
+    integers[name][0][3, 3] -= 1 if values[3, 3] > 0 else -1
+    data = pack(config, state, tokenizer_sha256="x", recurrence_active=False, rounded=integers)
+    artifact = unpack(data, "it")
+    assert prove(artifact, state, integers) > 0
+    with pytest.raises(ExportError, match=f"{name}: the artifact does not hold the intended"):
+        prove(artifact, state, {name: (values, scales)})
+    with pytest.raises(ExportError, match=name):
+        prove(artifact, state)
+
+
+def test_gptq_without_a_window_of_train_tokens_says_what_to_do(dataset: DataSet, tmp_path: Path) -> None:
+    model, config = _model()
+    long = {"train_batch_tokens": 1 << 20, "train_seq_len": 1 << 20}
+    _save(tmp_path / "model.pt", dataset, model, config.model_copy(update={"batch": BatchConfig(**long)}))
+    with pytest.raises(InputError, match=r"less than a window of 1048576 .*set export\.rounding to nearest"):
+        export(tmp_path / "model.pt", dataset, tmp_path / "out", rounding="gptq", device="cpu")
+    with pytest.raises(InputError, match="--device tpu: use auto, cpu or cuda"):
+        export(tmp_path / "model.pt", dataset, tmp_path / "out", rounding="gptq", device="tpu")
+    assert not (tmp_path / "out" / "model.caddie").exists()
+
+
+def test_calibration_windows_are_spread_evenly_and_never_overlap(dataset: DataSet) -> None:
+    stream = np.concatenate([open_shard(path) for path in dataset.train_shards])
+    windows = calibration_windows(dataset, tokens=40, seq_len=8, vocab_size=VOCAB)
+    most = len(stream) // 8
+    starts = [number * most // 5 * 8 for number in range(5)]
+    assert windows.tolist() == [stream[start : start + 8].tolist() for start in starts]
+    assert len(calibration_windows(dataset, tokens=1, seq_len=8, vocab_size=VOCAB)) == 1
+    whole = calibration_windows(dataset, tokens=10**9, seq_len=8, vocab_size=VOCAB)
+    assert whole.flatten().tolist() == stream[: most * 8].tolist()
+    with pytest.raises(ShardError, match="token"):
+        calibration_windows(dataset, tokens=10**9, seq_len=8, vocab_size=8)

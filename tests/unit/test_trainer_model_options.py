@@ -150,7 +150,7 @@ class Reference:
         a, m = self.layers(x)
         if config.parallel_from is not None:
             a = state["lane_merge"] * a + (1 - state["lane_merge"]) * m
-        raw = rms(a) @ state["tok_emb.weight" if config.tie_embeddings else "lm_head.weight"].T
+        raw = self.see("tok_emb.weight" if config.tie_embeddings else "lm_head.weight", rms(a))
         return config.logit_softcap * torch.tanh(raw / config.logit_softcap) if config.logit_softcap else raw
 
     def layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,6 +409,27 @@ def test_input_covariances_are_those_of_the_slow_references_inputs(options: Opti
         found = covariance.covariance / covariance.mass
         torch.testing.assert_close(found, (x.T @ x / len(x)).float(), rtol=2e-3, atol=1e-4)
     assert not GPT(config_of(options)).input_covariances()
+
+
+@pytest.mark.parametrize("options", [{}, ALL, {"smear_gate": True, "bigram_embedding": {"rows": 13, "dim": 7}}])
+def test_whole_covariances_are_means_over_all_passes_without_gradients_and_of_the_head_too(options: Options) -> None:
+    model = random_model(options | {"recurrence": None}, track_inputs="all")
+    inputs, targets = batch()
+    with torch.no_grad():
+        model(inputs, targets)
+        model(inputs[:1], targets[:1])
+    covariances = model.input_covariances()
+    head = "lm_head.weight" if "lm_head.weight" in model.state_dict() else "tok_emb.weight"
+    assert covariances.keys() == GPT(model.config, track_inputs=0.5).input_covariances().keys() | {head}
+    reference = Reference(model)
+    for row in (*inputs, inputs[0]):
+        reference.logits(row)
+    for name, covariance in covariances.items():
+        x = torch.cat(reference.inputs[name])
+        assert float(covariance.mass) == len(x) == (len(inputs) + 1) * inputs.shape[1]
+        torch.testing.assert_close(
+            covariance.covariance / covariance.mass, (x.T @ x / len(x)).float(), rtol=2e-3, atol=1e-4
+        )
 
 
 def test_a_covariance_forgets_at_its_decay_and_samples_long_inputs_evenly() -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from trainer.config import ModelConfig
 from trainer.model.attention_backends import Attend
 from trainer.model.eager import RmsNormRope, eager_cpu, linear
-from trainer.model.input_statistics import InputCovariance
+from trainer.model.input_statistics import MakeInputStatistics
 from trainer.model.norm import rms_norm
 from trainer.parameters import GATE_WIDTH
 
@@ -101,7 +101,7 @@ def without_own_value(attended: Tensor, v: Tensor) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention over the past, with RoPE and normed queries and keys; its matrices come prepared."""
 
-    def __init__(self, config: ModelConfig, layer: int, track_inputs: float | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, watch_inputs: MakeInputStatistics | None = None) -> None:
         super().__init__()
         dim = config.model_dim
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -119,9 +119,9 @@ class CausalSelfAttention(nn.Module):
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
         self.windowed = config.windowed(layer)
         self.qkv_inputs = self.proj_inputs = None
-        if track_inputs is not None:
-            self.qkv_inputs = InputCovariance(dim, track_inputs)
-            self.proj_inputs = InputCovariance(dim, track_inputs)
+        if watch_inputs is not None:
+            self.qkv_inputs = watch_inputs(dim)
+            self.proj_inputs = watch_inputs(dim)
 
     def forward(
         self, x: Tensor, weights: AttentionWeights, shared: PassContext, adapters: BlockAdapters | None = None

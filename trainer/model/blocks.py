@@ -28,7 +28,7 @@ from torch.nn import functional
 from trainer.config import ModelConfig
 from trainer.model.attention import AttentionWeights, CausalSelfAttention, PassContext, Projection
 from trainer.model.eager import SquaredLeakyReLU, eager_cpu, linear
-from trainer.model.input_statistics import InputCovariance
+from trainer.model.input_statistics import InputCovariance, MakeInputStatistics
 from trainer.model.norm import rms_norm
 from trainer.model.stack import Lanes
 from trainer.model_config import Activation
@@ -70,16 +70,16 @@ class Mlp(nn.Module):
     """Two matrices with an activation between them; they come prepared. (hidden, dim), twice as high for SwiGLU, and
     (dim, hidden)."""
 
-    def __init__(self, config: ModelConfig, track_inputs: float | None) -> None:
+    def __init__(self, config: ModelConfig, watch_inputs: MakeInputStatistics | None) -> None:
         super().__init__()
         self.activation: Activation = config.activation
         gated = 2 if config.activation == "swiglu" else 1
         self.fc = Projection(config.model_dim, gated * config.mlp_dim)
         self.proj = Projection(config.mlp_dim, config.model_dim)
         self.fc_inputs = self.proj_inputs = None
-        if track_inputs is not None:
-            self.fc_inputs = InputCovariance(config.model_dim, track_inputs)
-            self.proj_inputs = InputCovariance(config.mlp_dim, track_inputs)
+        if watch_inputs is not None:
+            self.fc_inputs = watch_inputs(config.model_dim)
+            self.proj_inputs = watch_inputs(config.mlp_dim)
 
     def forward(self, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         """(batch, time, dim) -> (batch, time, dim)."""
@@ -96,11 +96,11 @@ class Block(nn.Module):
 
     norm_scale: Tensor
 
-    def __init__(self, config: ModelConfig, layer: int, track_inputs: float | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, watch_inputs: MakeInputStatistics | None = None) -> None:
         super().__init__()
         dim = config.model_dim
-        self.attn = CausalSelfAttention(config, layer, track_inputs)
-        self.mlp = Mlp(config, track_inputs)
+        self.attn = CausalSelfAttention(config, layer, watch_inputs)
+        self.mlp = Mlp(config, watch_inputs)
         self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
         self.resid_mix = self.lane_weights = None

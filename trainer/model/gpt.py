@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from trainer.model.bigrams import bigram_rows
 from trainer.model.blocks import Block, BlockWeights
 from trainer.model.eager import linear
 from trainer.model.head import PLAIN, LossTerms
-from trainer.model.input_statistics import InputCovariance
+from trainer.model.input_statistics import InputCovariance, MakeInputStatistics, WholeInputCovariance
 from trainer.model.norm import rms_norm
 from trainer.model.regions import Regions
 from trainer.model.smear import first_tokens, smear
@@ -48,7 +48,8 @@ _TABLE_POSITIONS = 2048
 class GPT(nn.Module):
     """A decoder of shape `config`. With `export` it can train quantisation-aware; without it, asking to is an error.
 
-    `track_inputs` is the decay of the running E[x x^T] of every Muon matrix's inputs; without it none are kept.
+    `track_inputs` is the decay of the running E[x x^T] of every Muon matrix's inputs, or `all` for the plain mean over
+    all passes, of the head's inputs too; without it none are kept.
     """
 
     rope_cos: Tensor
@@ -56,7 +57,11 @@ class GPT(nn.Module):
     loop_gate: Tensor
 
     def __init__(
-        self, config: ModelConfig, export: ExportConfig | None = None, *, track_inputs: float | None = None
+        self,
+        config: ModelConfig,
+        export: ExportConfig | None = None,
+        *,
+        track_inputs: float | Literal["all"] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,11 +82,13 @@ class GPT(nn.Module):
         self.bigram_proj = Projection(bigrams.dim, dim) if bigrams else None
         self.value_emb = nn.Embedding(config.vocab_size, values.dim) if values else None
         self.value_proj = Projection(values.dim, config.kv_dim) if values else None
-        self.bigram_inputs = self.value_inputs = None
-        if track_inputs is not None:
-            self.bigram_inputs = InputCovariance(bigrams.dim, track_inputs) if bigrams else None
-            self.value_inputs = InputCovariance(values.dim, track_inputs) if values else None
-        self.blocks = nn.ModuleList(Block(config, layer, track_inputs) for layer in range(config.num_layers))
+        self.bigram_inputs = self.value_inputs = self.head_inputs = None
+        watch_inputs = _watching(track_inputs)
+        if watch_inputs is not None:
+            self.bigram_inputs = watch_inputs(bigrams.dim) if bigrams else None
+            self.value_inputs = watch_inputs(values.dim) if values else None
+            self.head_inputs = watch_inputs(dim) if track_inputs == "all" else None
+        self.blocks = nn.ModuleList(Block(config, layer, watch_inputs) for layer in range(config.num_layers))
         self.lm_head = None if config.tie_embeddings else Projection(dim, config.vocab_size)
         self.quantized_names = frozenset(name for name, table in parameters(config).items() if table.quantized)
         tables = rope_tables(_TABLE_POSITIONS, config.rope_dims, config.rope_base, torch.device("cpu"))
@@ -134,7 +141,8 @@ class GPT(nn.Module):
         self.fake_quant_active = active
 
     def input_covariances(self) -> dict[str, InputCovariance]:
-        """Name of each Muon matrix -> the statistics of its inputs; q, k and v share one. Empty without tracking."""
+        """Name of each Muon matrix, and of the head if its inputs are kept -> the statistics of its inputs; q, k and v
+        share one. Empty without tracking."""
         found: dict[str, InputCovariance] = {}
         if self.bigram_inputs is not None:
             found["bigram_proj.weight"] = self.bigram_inputs
@@ -142,6 +150,8 @@ class GPT(nn.Module):
             found["value_proj.weight"] = self.value_inputs
         for layer, block in enumerate(self.blocks):
             found |= cast(Block, block).input_covariances(f"blocks.{layer}")
+        if self.head_inputs is not None:
+            found["tok_emb.weight" if self.lm_head is None else "lm_head.weight"] = self.head_inputs
         return found
 
     def quantization_error(self) -> float:
@@ -267,7 +277,10 @@ class GPT(nn.Module):
             skipping=regions.with_skip,
             merging=regions.merged,
         )
-        return regions.finish(x, None if adapters is None else adapters.hidden), head
+        x = regions.finish(x, None if adapters is None else adapters.hidden)
+        if self.head_inputs is not None:
+            self.head_inputs.observe(x)
+        return x, head
 
     def token_losses(
         self,
@@ -314,6 +327,12 @@ class GPT(nn.Module):
         row_weights = None if weights is None else weights.flatten()
         cap = self.config.logit_softcap
         return self.regions.objective(x, head, targets.flatten(), cap, terms=terms, row_weights=row_weights)
+
+
+def _watching(track_inputs: float | Literal["all"] | None) -> MakeInputStatistics | None:
+    if track_inputs is None:
+        return None
+    return WholeInputCovariance if track_inputs == "all" else partial(InputCovariance, decay=track_inputs)
 
 
 def _finish(x: Tensor, adapter: LowRank | None) -> Tensor:

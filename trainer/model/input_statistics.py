@@ -1,11 +1,13 @@
-"""Running second moments of what a matrix is multiplied with, for the input-aware Muon.
+"""Second moments of what a matrix is multiplied with: running ones for the input-aware Muon, whole ones for GPTQ.
 
-Each is the exponential moving average of E[x x^T] over training passes, from a sample of the rows, kept with the sum
-of its weights so that it can be debiased as Adam's moments are (Kingma and Ba, arXiv:1412.6980). It is kept in
-float32: rounded to bfloat16 it would be off by more than the damping that is added before it is inverted.
+A running one is the exponential moving average of E[x x^T] over training passes, from a sample of the rows, kept with
+the sum of its weights so that it can be debiased as Adam's moments are (Kingma and Ba, arXiv:1412.6980). Both are kept
+in float32: rounded to bfloat16 they would be off by more than the damping that is added before they are inverted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +41,21 @@ class InputCovariance(nn.Module):
             self.covariance.lerp_(rows.t() @ rows / rows.shape[0], 1 - self.decay)
             # (mass lerp 1) in plain arithmetic: lerp_ takes no number for its end.
             self.mass.mul_(self.decay).add_(1 - self.decay)
+
+
+class WholeInputCovariance(InputCovariance):
+    """The plain mean over all rows of all passes, whether gradients are on or not."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 0.0)
+
+    def observe(self, x: Tensor) -> None:
+        """Take in all of `x` (..., dim). Never waits for the device."""
+        with torch.no_grad():
+            rows = x.detach().flatten(0, -2).float()
+            self.covariance.addmm_(rows.t(), rows)
+            self.mass.add_(rows.shape[0])
+
+
+MakeInputStatistics = Callable[[int], InputCovariance]
+"""The width of an input -> what watches it."""
