@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.errors import InputError
 from trainer.model.gpt import GPT
-from trainer.parameters import parameter_count, parameter_shapes, quantized_names
+from trainer.parameters import parameter_count, parameter_shapes, parameters
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
 
@@ -112,7 +112,7 @@ def pack(
 
     Raises InputError if the tensors are not those of the config, or a number is not finite in fp16.
     """
-    shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
+    table, shapes = parameters(config.model), parameter_shapes(config.model)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != shapes:
         odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
@@ -122,11 +122,10 @@ def pack(
     halves: list[Tensor] = []
     offset = half = 0
     for name, shape in shapes.items():
-        if name in quantized:
-            values, numbers = (rounded or {}).get(name) or quantize(
-                state[name].cpu(), config.export.bits, config.export.clip_sigma
-            )
-            stream, bits = encode(values.numpy().tobytes()), config.export.bits
+        if table[name].quantized:
+            bits, clip_sigma = config.export.format_of(table[name].kind)
+            values, numbers = (rounded or {}).get(name) or quantize(state[name].cpu(), bits, clip_sigma)
+            stream = encode(values.numpy().tobytes())
         else:
             numbers, stream, bits = _as_half(name, state[name]), b"", _HALF_BITS
         entries.append(TensorEntry(name=name, shape=shape, bits=bits, offset=offset, length=len(stream), half=half))
@@ -220,14 +219,15 @@ def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
     params = parameter_count(config.model)
     if params > _MAX_VALUES_PER_BYTE * manifest.payload_bytes + _VALUES_FOR_FREE:
         raise ArtifactError(f"a payload of {manifest.payload_bytes} bytes cannot hold {params} parameters")
-    shapes, quantized = parameter_shapes(config.model), quantized_names(config.model)
+    table, shapes = parameters(config.model), parameter_shapes(config.model)
     if {entry.name: entry.shape for entry in manifest.tensors} != shapes or len(manifest.tensors) != len(shapes):
         raise ArtifactError("the tensor table is not that of the config")
     if manifest.vocab_size != config.model.vocab_size or manifest.scheme != config.export.scheme:
         raise ArtifactError("vocabulary or scheme are not those of the config")
     offset = half = 0
     for entry in manifest.tensors:
-        bits = config.export.bits if entry.name in quantized else _HALF_BITS
+        parameter = table[entry.name]
+        bits = config.export.format_of(parameter.kind).bits if parameter.quantized else _HALF_BITS
         if (entry.bits, entry.offset, entry.half) != (bits, offset, half):
             raise ArtifactError(f"{entry.name} lies at {entry.offset}/{entry.half} instead of {offset}/{half}")
         offset, half = offset + entry.length, half + entry.halves

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,6 +26,7 @@ from trainer.optimization_config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from trainer.parameters import TABLE_KINDS, Kind
 from trainer.presets import UNKNOWN_PRESET, over_preset, show_preset
 
 __all__ = [
@@ -105,6 +106,13 @@ class EvaluationConfig(Section):
 Rounding = Literal["nearest", "gptq"]
 
 
+class IntegerFormat(NamedTuple):
+    """Symmetric integers with a scale for each row, clipped at so many standard deviations (None: nothing is)."""
+
+    bits: int
+    clip_sigma: float | None
+
+
 class ExportConfig(Section):
     """How the exporter rounds matrices, and training with it: symmetric integers, one scale a row."""
 
@@ -113,6 +121,12 @@ class ExportConfig(Section):
         default=None, gt=0, description="Clip rows at k standard deviations; default: the row's largest magnitude."
     )
 
+    embedding_bits: int | None = Field(
+        default=None, ge=4, le=8, description="Bits of embeddings and head, which errors hurt most; default: `bits`."
+    )
+    embedding_clip_sigma: float | None = Field(
+        default=None, gt=0, description="clip_sigma of embeddings and head, with embedding_bits."
+    )
     rounding: Rounding = Field(
         default="nearest",
         description="nearest: each weight by itself. gptq: each makes up for what rounding the ones before it has "
@@ -125,10 +139,23 @@ class ExportConfig(Section):
         default=0.01, gt=0, le=1, description="gptq: added to the inputs' covariance, as a share of its mean diagonal."
     )
 
+    def format_of(self, kind: Kind) -> IntegerFormat:
+        """Of a tensor that is quantised."""
+        if kind in TABLE_KINDS and self.embedding_bits is not None:
+            return IntegerFormat(self.embedding_bits, self.embedding_clip_sigma)
+        return IntegerFormat(self.bits, self.clip_sigma)
+
     @property
     def scheme(self) -> str:
-        """What an artifact calls it, such as `int6+zlib` or `int6+gptq+zlib`."""
-        return f"int{self.bits}{'+gptq' if self.rounding == 'gptq' else ''}+zlib"
+        """What an artifact calls it, such as `int6+zlib`, or `int6e8+gptq+zlib` with embeddings of 8 bits."""
+        tables = "" if self.embedding_bits is None else f"e{self.embedding_bits}"
+        return f"int{self.bits}{tables}{'+gptq' if self.rounding == 'gptq' else ''}+zlib"
+
+    @model_validator(mode="after")
+    def _clips_what_has_bits(self) -> Self:
+        if self.embedding_clip_sigma is not None and self.embedding_bits is None:
+            raise ValueError("embedding_clip_sigma goes with embedding_bits; give both, or clip_sigma alone")
+        return self
 
 
 CompileScope = Literal["pass", "layer"]

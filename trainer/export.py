@@ -10,13 +10,14 @@ from torch import Tensor
 from trainer import sizing
 from trainer.artifact import Artifact, Integers, pack, unpack
 from trainer.calibration import calibration_windows, input_covariances
-from trainer.config import ExportConfig, Rounding, TrainConfig
+from trainer.config import Rounding, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device
 from trainer.durable import write_whole
 from trainer.errors import InputError
 from trainer.model.gpt import GPT
 from trainer.model_file import load_model
+from trainer.parameters import parameters
 from trainer.quantization.fake_quant import fake_quantize
 from trainer.quantization.gptq import gptq
 from trainer.quantization.rounding import dequantize, largest_value, row_scales
@@ -93,15 +94,14 @@ def by_gptq(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.dev
         seq_len=config.batch.train_seq_len,
         vocab_size=config.model.vocab_size,
     )
-    covariances = input_covariances(model, windows, device)
+    covariances, table = input_covariances(model, windows, device), parameters(config.model)
     integers: dict[str, tuple[Tensor, Tensor]] = {}
     cost = nearest_cost = 0.0
     for name, covariance in covariances.items():
         found = gptq(
             model.get_parameter(name).to(device),
             covariance,
-            bits=config.export.bits,
-            clip_sigma=config.export.clip_sigma,
+            *config.export.format_of(table[name].kind),
             damping=config.export.damping,
         )
         integers[name] = (found.values.cpu(), found.scales.cpu())
@@ -116,17 +116,17 @@ def prove(artifact: Artifact, state: dict[str, Tensor], integers: Integers | Non
     and within half a step of the weight, plus what rounding the scale to fp16 can move the end of the range. Clipped
     weights lie beyond.
     """
-    export_config = artifact.config.export
-    quantized = sizing.quantized_names(artifact.config.model)
+    table = parameters(artifact.config.model)
     largest = 0.0
     for name, tensor in state.items():
         weight, got = tensor.to(torch.float32), artifact.state[name]
         allowed: Tensor | None = None
         if integers is not None and name in integers:
             intended = dequantize(*integers[name])
-        elif name in quantized:
-            intended = fake_quantize(weight, export_config.bits, export_config.clip_sigma)
-            allowed = _allowed_error(weight, export_config)
+        elif table[name].quantized:
+            bits, clip_sigma = artifact.config.export.format_of(table[name].kind)
+            intended = fake_quantize(weight, bits, clip_sigma)
+            allowed = _allowed_error(weight, bits, clip_sigma)
         else:
             intended = weight.to(torch.float16).to(torch.float32)
             allowed = weight.abs() * _HALF_RELATIVE + _HALF_ABSOLUTE
@@ -139,11 +139,11 @@ def prove(artifact: Artifact, state: dict[str, Tensor], integers: Integers | Non
     return largest
 
 
-def _allowed_error(weight: Tensor, config: ExportConfig) -> Tensor:
+def _allowed_error(weight: Tensor, bits: int, clip_sigma: float | None) -> Tensor:
     """Per element `(rows, columns)`: half a step and the scale's own error; infinite where the row is clipped."""
-    scales = row_scales(weight, config.bits, config.clip_sigma)
-    limit = largest_value(config.bits)
+    scales = row_scales(weight, bits, clip_sigma)
+    limit = largest_value(bits)
     allowed = (scales * (0.5 + limit * _HALF_RELATIVE) + limit * _HALF_ABSOLUTE) * (1 + 1e-5)
-    if config.clip_sigma is None:
+    if clip_sigma is None:
         return allowed.expand_as(weight)
     return torch.where(weight.abs() > scales * limit, torch.inf, allowed)

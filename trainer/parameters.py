@@ -20,6 +20,8 @@ Kind = Literal["embedding", "head", "attention_in", "mlp_in", "proj", "control"]
 """`embedding`: tables that tokens are looked up in. `head`: an untied one. `attention_in`, `mlp_in`: matrices that read
 the residual stream. `proj`: matrices that write to it. `control`: gains, gates, scales and mixes, kept in fp16."""
 
+TABLE_KINDS: frozenset[Kind] = frozenset({"embedding", "head"})
+"""With a row for each token, or pair of tokens."""
 MATRIX_KINDS: frozenset[Kind] = frozenset({"attention_in", "mlp_in", "proj"})
 """Matrices of the blocks, which Muon moves."""
 
@@ -51,11 +53,6 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(model: ModelConfig) -> int:
     return sum(parameter.count for parameter in parameters(model).values())
-
-
-def quantized_names(model: ModelConfig) -> frozenset[str]:
-    """The tensors that the exporter quantises: the blocks' matrices, the embeddings and the head."""
-    return frozenset(name for name, parameter in parameters(model).items() if parameter.quantized)
 
 
 _Row = tuple[str, tuple[int, ...], Kind]

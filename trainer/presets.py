@@ -71,7 +71,7 @@ PRESETS: Mapping[str, Preset] = {
             "optimizer": _PUBLIC_RATES,
             "schedule": {"warmdown_fraction": 0.7, "min_lr_fraction": 0.0},
             "averaging": {"kind": "ema"},
-            "export": {"bits": 6, "clip_sigma": 12.85},
+            "export": {"bits": 6, "clip_sigma": 12.85, "embedding_bits": 8, "embedding_clip_sigma": 20.0},
         },
     ),
     "public-stack": Preset(
@@ -98,7 +98,7 @@ PRESETS: Mapping[str, Preset] = {
             "optimizer": _PUBLIC_RATES,
             "schedule": {"warmdown_fraction": 0.7, "min_lr_fraction": 0.0},
             "averaging": {"kind": "ema"},
-            "export": {"bits": 6, "clip_sigma": 12.85},
+            "export": {"bits": 6, "clip_sigma": 12.85, "embedding_bits": 8, "embedding_clip_sigma": 20.0},
         },
     ),
     "baseline": Preset(

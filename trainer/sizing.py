@@ -17,7 +17,7 @@ from trainer.memory import (
     memory_terms,
     peak_memory_bytes,
 )
-from trainer.parameters import Kind, parameter_count, parameter_shapes, parameters, quantized_names
+from trainer.parameters import TABLE_KINDS, Kind, parameter_count, parameter_shapes, parameters
 
 __all__ = [
     "INFERENCE_MODULES",
@@ -33,7 +33,6 @@ __all__ = [
     "parameter_shapes",
     "peak_memory_bytes",
     "predict_artifact",
-    "quantized_names",
 ]
 
 INFERENCE_MODULES = (
@@ -159,7 +158,8 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
         size = parameter.count * _bits_per_weight(export, parameter.kind, parameter.shape[1]) / 8 + _STREAM_BYTES
         params, total = sums.get(module, (0, 0.0))
         sums[module] = (params + parameter.count, total + size)
-        highest += parameter.count * (math.log2(2**export.bits - 1) + _UNIFORM_MARGIN_BITS) / 8
+        bits = export.format_of(parameter.kind).bits
+        highest += parameter.count * (math.log2(2**bits - 1) + _UNIFORM_MARGIN_BITS) / 8
     vectors = parameter_count(model) - sum(params for params, _ in sums.values())
     sums["scales and vectors"] = (vectors, halves * _HALF_BYTES)
     sums["manifest"] = (0, _FRAME_BYTES + _TENSOR_BYTES * len(table))
@@ -189,15 +189,16 @@ def _module(name: str, kind: Kind) -> str:
     for table in ("bigram", "value"):
         if name.startswith(f"{table}_"):
             return f"{table} embeddings"
-    if kind in {"embedding", "head"}:
+    if kind in TABLE_KINDS:
         return kind
     return "attention" if ".attn." in name else "mlp"
 
 
 def _bits_per_weight(export: ExportConfig, kind: Kind, columns: int) -> float:
     """Order-0 entropy of a Gaussian row at step size clip / Q, plus the kind's offset and Huffman's rounding."""
-    limit = 2 ** (export.bits - 1) - 1
-    clip_sigmas = _expected_maximum(columns) if export.clip_sigma is None else export.clip_sigma
+    bits, clip_sigma = export.format_of(kind)
+    limit = 2 ** (bits - 1) - 1
+    clip_sigmas = _expected_maximum(columns) if clip_sigma is None else clip_sigma
     entropy = _GAUSSIAN_ENTROPY_BITS + math.log2(limit / clip_sigmas) + _OFFSET_BITS[kind] + _HUFFMAN_BITS
     return min(max(entropy, 1.0), math.log2(2 * limit + 1) + _UNIFORM_MARGIN_BITS)
 

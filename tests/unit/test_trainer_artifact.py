@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from trainer.sizing import INFERENCE_MODULES, parameter_shapes
 FRAME = len(MAGIC) + 4 + 32
 
 
-def _config(bits: int = 6, clip: float | None = None) -> TrainConfig:
+def _config(bits: int = 6, clip: float | None = None, **export: Any) -> TrainConfig:
     return TrainConfig(
         limits=LimitsConfig(steps=1),
         model=ModelConfig(
@@ -36,7 +37,7 @@ def _config(bits: int = 6, clip: float | None = None) -> TrainConfig:
             num_kv_heads=1,
             recurrence=RecurrenceConfig(first=1, last=1, start_fraction=0.5),
         ),
-        export=ExportConfig(bits=bits, clip_sigma=clip),
+        export=ExportConfig(bits=bits, clip_sigma=clip, **export),
     )
 
 
@@ -201,6 +202,19 @@ def _huge(manifest: dict, _: bytes) -> None:  # type: ignore[type-arg]
 def test_a_consistent_lie_is_refused(packed: bytes, change, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ArtifactError, match=message):
         unpack(_forge(packed, change), "it")
+
+
+def test_embeddings_have_their_own_bits() -> None:
+    config = _config(5, 2.0, embedding_bits=8)
+    state = _state(config)
+    artifact = unpack(_packed(config, state), "it")
+    assert artifact.manifest.scheme == "int5e8+zlib"
+    bits = {entry.name: entry.bits for entry in artifact.manifest.tensors if entry.bits != 16}
+    assert bits.pop("tok_emb.weight") == 8
+    assert set(bits.values()) == {5}
+    assert torch.equal(artifact.state["tok_emb.weight"], fake_quantize(state["tok_emb.weight"], 8, None))
+    name = "blocks.0.attn.q.weight"
+    assert torch.equal(artifact.state[name], fake_quantize(state[name], 5, 2.0))
 
 
 def test_an_integer_outside_its_bits_is_refused(packed: bytes) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.config import BatchConfig, LimitsConfig, ModelConfig, TrainConfig
+from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, TrainConfig
 from trainer.errors import InputError
 
 
@@ -144,3 +144,11 @@ def test_the_token_limit_is_the_stricter_of_tokens_and_steps() -> None:
     assert limit(tokens=35, steps=3) == 30
     assert limit(tokens=25, steps=3) == 25
     assert limit(wallclock_seconds=3) is None
+
+
+def test_embeddings_without_bits_of_their_own_have_no_clipping_of_their_own() -> None:
+    with pytest.raises(ValidationError, match="embedding_clip_sigma goes with embedding_bits; give both"):
+        ExportConfig(embedding_clip_sigma=20.0)
+    plain, finer = ExportConfig(bits=5, clip_sigma=7.0), ExportConfig(bits=5, clip_sigma=7.0, embedding_bits=8)
+    assert plain.format_of("head") == plain.format_of("proj") == finer.format_of("attention_in") == (5, 7.0)
+    assert finer.format_of("head") == finer.format_of("embedding") == (8, None)

@@ -20,6 +20,7 @@ from trainer.model.gpt import GPT
 from trainer.model.head import capped_logits, mean_loss, row_losses
 from trainer.model.norm import rms_norm
 from trainer.model.recurrence import execution_order
+from trainer.parameters import parameters
 from trainer.quantization.fake_quant import fake_quantize
 
 CPU = torch.device("cpu")
@@ -224,7 +225,7 @@ def test_fake_quantisation_is_that_of_the_exporter_on_exactly_the_quantised_tens
     export = ExportConfig(bits=4)
     model = random_model(export=export)
     by_hand = GPT(TINY)
-    names = sizing.quantized_names(TINY)
+    names = {name for name, parameter in parameters(TINY).items() if parameter.quantized}
     by_hand.load_state_dict(
         {n: fake_quantize(p, 4, None).detach() if n in names else p for n, p in model.state_dict().items()}
     )

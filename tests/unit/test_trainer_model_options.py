@@ -16,7 +16,7 @@ from trainer.model.eager import EPS
 from trainer.model.gpt import GPT
 from trainer.model.head import LossTerms, capped_logits
 from trainer.model.input_statistics import SAMPLED_ROWS, InputCovariance
-from trainer.parameters import MATRIX_KINDS, parameters
+from trainer.parameters import MATRIX_KINDS, TABLE_KINDS, parameters
 from trainer.quantization.fake_quant import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
@@ -373,13 +373,23 @@ def test_every_switch_is_live_under_compile_and_gradients_are_those_of_plain_pas
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("table_format", [None, (5, 2.0)])
 @pytest.mark.parametrize("options", COMBINED.values())
-def test_fake_quantisation_reaches_exactly_what_the_exporter_rounds(options: Options) -> None:
-    model, by_hand = random_model(options, export=ExportConfig(bits=4)), GPT(config_of(options))
-    rounded = {name for name, parameter in parameters(model.config).items() if parameter.quantized}
-    by_hand.load_state_dict(
-        {n: fake_quantize(p, 4, None).detach() if n in rounded else p for n, p in model.state_dict().items()}
-    )
+def test_fake_quantisation_reaches_exactly_what_the_exporter_rounds(
+    options: Options, table_format: tuple[int, float] | None
+) -> None:
+    bits, clip = table_format or (None, None)
+    export = ExportConfig(bits=4, embedding_bits=bits, embedding_clip_sigma=clip)
+    model, by_hand = random_model(options, export=export), GPT(config_of(options))
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        parameter = parameters(model.config)[name]
+        if not parameter.quantized:
+            return weight
+        own = table_format if parameter.kind in TABLE_KINDS else None
+        return fake_quantize(weight, *(own or (4, None))).detach()
+
+    by_hand.load_state_dict({name: rounded(name, p) for name, p in model.state_dict().items()})
     inputs, _ = batch()
     before = logits(model, inputs)
     model.set_fake_quant(True)

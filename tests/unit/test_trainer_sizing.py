@@ -12,6 +12,7 @@ import torch
 from trainer.artifact import pack
 from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, RecurrenceConfig, TrainConfig
 from trainer.model.gpt import GPT
+from trainer.parameters import parameters
 from trainer.sizing import (
     Calibration,
     code_bytes,
@@ -19,7 +20,6 @@ from trainer.sizing import (
     parameter_shapes,
     peak_memory_bytes,
     predict_artifact,
-    quantized_names,
 )
 
 
@@ -36,7 +36,8 @@ def test_shapes_are_those_of_the_model() -> None:
     model = GPT(SMALL)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == parameter_shapes(SMALL)
     assert parameter_count(SMALL) == sum(parameter.numel() for parameter in model.parameters())
-    assert quantized_names(SMALL) == {name for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+    quantized = {name for name, parameter in parameters(SMALL).items() if parameter.quantized}
+    assert quantized == {name for name, tensor in model.state_dict().items() if tensor.dim() == 2}
 
 
 def test_the_public_baseline_has_its_public_size() -> None:
@@ -64,11 +65,26 @@ def test_an_estimate_adds_up() -> None:
     assert estimate.code_bytes == code_bytes() > 10_000
 
 
+def test_embeddings_may_have_bits_of_their_own() -> None:
+    plain, finer = (
+        predict_artifact(_config(SMALL, ExportConfig(clip_sigma=12.85, embedding_bits=bits, embedding_clip_sigma=clip)))
+        for bits, clip in ((None, None), (8, 20.0))
+    )
+    assert finer.scheme == "int6e8+zlib"
+    before, after = ({name: size for name, _, size in each.by_module} for each in (plain, finer))
+    assert {name for name in before if before[name] != after[name]} == {"embedding"}
+    count = SMALL.vocab_size * SMALL.model_dim
+    # A step is smaller by so many bits.
+    assert after["embedding"] - before["embedding"] == pytest.approx(
+        count * math.log2(127 / 20.0 * 12.85 / 31) / 8, abs=2
+    )
+
+
 def test_bytes_follow_bits_and_clipping() -> None:
     sizes = [predict_artifact(_config(SMALL, ExportConfig(bits=bits))).artifact_bytes for bits in (4, 5, 6, 7, 8)]
     assert sizes == sorted(set(sizes))
     wide, wider = (predict_artifact(_config(SMALL, ExportConfig(clip_sigma=k))).artifact_bytes for k in (6.4, 12.8))
-    quantised = sum(math.prod(parameter_shapes(SMALL)[name]) for name in quantized_names(SMALL))
+    quantised = sum(parameter.count for parameter in parameters(SMALL).values() if parameter.quantized)
     assert wide - wider == pytest.approx(quantised / 8, rel=0.01)
 
 

@@ -36,7 +36,7 @@ from trainer.model.norm import rms_norm
 from trainer.model.regions import Regions
 from trainer.model.smear import first_tokens, smear
 from trainer.model.stack import Lanes, run_layers
-from trainer.parameters import GATE_WIDTH, parameters
+from trainer.parameters import GATE_WIDTH, Kind, parameters
 from trainer.quantization.fake_quant import fake_quantize
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ class GPT(nn.Module):
             self.head_inputs = watch_inputs(dim) if track_inputs == "all" else None
         self.blocks = nn.ModuleList(Block(config, layer, watch_inputs) for layer in range(config.num_layers))
         self.lm_head = None if config.tie_embeddings else Projection(dim, config.vocab_size)
-        self.quantized_names = frozenset(name for name, table in parameters(config).items() if table.quantized)
         tables = rope_tables(_TABLE_POSITIONS, config.rope_dims, config.rope_base, torch.device("cpu"))
         self.register_buffer("rope_cos", tables.cos, persistent=False)
         self.register_buffer("rope_sin", tables.sin, persistent=False)
@@ -159,26 +158,27 @@ class GPT(nn.Module):
 
         Waits for the device.
         """
+        kinds = parameters(self.config)
         with torch.no_grad():
             errors = [
-                (self._fake_quantized(p) - p).abs().amax()
+                (self._fake_quantized(p, kinds[name].kind) - p).abs().amax()
                 for name, p in self.named_parameters()
-                if name in self.quantized_names
+                if kinds[name].quantized
             ]
             return float(torch.stack(errors).amax())
 
-    def _fake_quantized(self, weight: Tensor) -> Tensor:
+    def _fake_quantized(self, weight: Tensor, kind: Kind) -> Tensor:
         if self.export is None:
             raise ValueError("this GPT was built without export settings: pass ExportConfig to fake-quantise")
-        return fake_quantize(weight, self.export.bits, self.export.clip_sigma)
+        return fake_quantize(weight, *self.export.format_of(kind))
 
-    def _as_trained(self, weight: Tensor) -> Tensor:
+    def _as_trained(self, weight: Tensor, kind: Kind = "embedding") -> Tensor:
         """The float32 weight of a table or a matrix, which the exporter quantises; fake-quantised if that is on."""
-        return self._fake_quantized(weight) if self.fake_quant_active else weight
+        return self._fake_quantized(weight, kind) if self.fake_quant_active else weight
 
     def _prepared(self, weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
         """A weight as matrix products take it, its rows scaled before it is rounded to their dtype."""
-        weight = self._as_trained(weight)
+        weight = self._as_trained(weight, "attention_in")  # as all matrices of the blocks
         return (weight if row_scale is None else weight * row_scale.unsqueeze(1)).to(self.compute_dtype)
 
     @property

@@ -34,7 +34,7 @@ class Rounded(NamedTuple):
     nearest_cost: float
 
 
-def gptq(weight: Tensor, covariance: Tensor, *, bits: int, clip_sigma: float | None, damping: float) -> Rounded:
+def gptq(weight: Tensor, covariance: Tensor, bits: int, clip_sigma: float | None, *, damping: float) -> Rounded:
     """`weight` (rows, columns) and E[x x^T] (columns, columns) of its inputs -> its integers.
 
     `damping` times the mean of the diagonal is added to it, ten times as much where that does not make it positive

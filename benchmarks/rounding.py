@@ -1,0 +1,100 @@
+"""What rounding a trained model costs: BPB above the weights as trained, and bytes, by format and by how it is rounded.
+
+    python -m benchmarks.rounding MODEL.pt --data DATA [--formats 6:12.85 6:12.85:8:20 ...] [--tokens 262144]
+        [--device auto]
+
+A format is BITS:CLIP, or BITS:CLIP:EMBEDDING_BITS:EMBEDDING_CLIP, clips in standard deviations or `max`. Each is packed
+as an artifact and scored from its bytes by plain windows; GPTQ learns from so many train tokens. `cost` is what it
+leaves of the cost of rounding to nearest, over all matrices; the seconds are those of finding the integers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.artifact import pack, unpack
+from trainer.config import ExportConfig
+from trainer.data.manifest import DataSet
+from trainer.devices import choose_device
+from trainer.evaluation import ValidationStream, score
+from trainer.evaluation_attention import use_best_backend
+from trainer.evaluation_windows import plain
+from trainer.export import by_gptq
+from trainer.model.gpt import GPT
+from trainer.model_file import load_model
+
+_FORMATS = ["6:12.85", "6:12.85:8:20", "5:6.43:8:20", "6:max", "4:max"]
+
+
+def export_config(text: str, tokens: int, rounding: str) -> ExportConfig:
+    bits, clip, *own = text.split(":")
+    embedding_bits, embedding_clip = own or (None, "max")
+    asked: dict[str, Any] = {
+        "bits": bits,
+        "clip_sigma": None if clip == "max" else clip,
+        "embedding_bits": embedding_bits,
+        "embedding_clip_sigma": None if embedding_clip == "max" else embedding_clip,
+        "calibration_tokens": tokens,
+        "rounding": rounding,
+    }
+    return ExportConfig.model_validate(asked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", default=_FORMATS)
+    parser.add_argument("--tokens", type=int, default=262144)
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args()
+    device = choose_device(asked.device, asked_by="--device")
+    dataset, saved = DataSet.load(asked.data), load_model(asked.model, "cpu")
+    stream = ValidationStream.load(dataset)
+    windows = plain(stream.positions, seq_len=saved.config.batch.train_seq_len)
+    state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
+
+    def bpb(model: GPT) -> float:
+        model = model.to(device)
+        use_best_backend(model, device)
+
+        def losses(inputs: Tensor, targets: Tensor, _scored: int, **_: Any) -> Tensor:
+            return model.token_losses(inputs, targets)
+
+        return score(windows, losses, stream, batch_tokens=65536, device=device).bpb
+
+    exact = bpb(load_model(asked.model, "cpu").model)
+    print(f"{sum(tensor.numel() for tensor in state.values()):,} parameters, {exact:.4f} BPB as trained")
+    print("| format | rounding | BPB above | bytes of weights | bits a parameter | cost | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for text in asked.formats:
+        for rounding in ("nearest", "gptq"):
+            config = saved.config.model_copy(update={"export": export_config(text, asked.tokens, rounding)})
+            began = time.monotonic()
+            integers, cost = by_gptq(config, saved.model, dataset, device) if rounding == "gptq" else ({}, None)
+            seconds = time.monotonic() - began
+            data = pack(
+                config,
+                state,
+                tokenizer_sha256=saved.tokenizer_sha256,
+                recurrence_active=saved.model.recurrence_active,
+                rounded=integers,
+            )
+            lost = bpb(unpack(data, text).model("cpu")) - exact
+            bits = 8 * len(data) / sum(tensor.numel() for tensor in state.values())
+            print(
+                f"| {text} | {rounding} | {lost:+.4f} | {len(data):,} | {bits:.3f} | "
+                f"{'' if cost is None else f'{cost:.3f}'} | {seconds:.1f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
