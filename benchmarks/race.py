@@ -2,6 +2,7 @@
 
     python -m benchmarks.race TRAIN.jsonl.xz --val VAL.jsonl.xz --out DIR [--preset recommended] [--seconds 180]
         [--vocab-size 4096] [--seeds 1337 42] [--set optimizer.matrix_lr=0.03 ...] [--processes 1] [--no-export]
+        [--rounding nearest gptq]
 
 Tokenizer and shards are made from the text first (once a vocabulary, in DIR/data-V). Then each seed is trained for so
 many seconds of training clock, validated by plain windows, exported, and scored from the artifact's bytes in a process
@@ -20,13 +21,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.step_profile import laid_over
-from trainer.config import TrainConfig
+from trainer.config import Rounding, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.durable import sha256_of
 from trainer.report import (
@@ -134,10 +136,10 @@ def trained(config: TrainConfig, data: Path, folder: Path, processes: int) -> Ru
     )
 
 
-def exported(folder: Path, data: Path) -> tuple[ExportResult, EvaluateResult]:
+def exported(folder: Path, data: Path, rounding: str) -> tuple[ExportResult, EvaluateResult]:
     """The artifact of what a run left, and its score from its bytes alone."""
-    artifact, scored = folder / "artifact", folder / "scored"
-    verb(artifact, "export", folder / "model.pt", "--data", data, "--out", artifact)
+    artifact, scored = folder / f"artifact-{rounding}", folder / f"scored-{rounding}"
+    verb(artifact, "export", folder / "model.pt", "--data", data, "--out", artifact, "--rounding", rounding)
     export = read_result(artifact / "result.json")
     assert isinstance(export, ExportResult)
     verb(scored, "evaluate", export.artifact_path, "--data", data, "--out", scored)
@@ -146,17 +148,17 @@ def exported(folder: Path, data: Path) -> tuple[ExportResult, EvaluateResult]:
     return export, score
 
 
-def tell(name: str, run: Run, export: tuple[ExportResult, EvaluateResult] | None) -> None:
+def tell(name: str, run: Run, exports: Sequence[tuple[ExportResult, EvaluateResult]]) -> None:
     result = run.result
     rates = [run.tokens_per_second(looped=looped) for looped in (False, True)]
     speed = " ".join("-" if rate is None else f"{rate / 1e6:.3f}M" for rate in rates)
     averaged = "-" if result.averaged_val_bpb is None else f"{result.averaged_val_bpb:.4f}"
-    artifact = "-" if export is None else f"{export[1].val_bpb:.4f} {export[0].artifact_bytes:,}"
+    artifact = ", ".join(f"{score.val_bpb:.4f} {export.artifact_bytes:,} {export.scheme}" for export, score in exports)
     print(
-        f"{name}: raw {result.val_bpb:.4f} average {averaged} artifact {artifact} | train {run.last_train_loss:.4f} "
-        f"val {result.val_loss:.4f} steps {result.steps} tokens {result.tokens / 1e6:.1f}M epochs "
-        f"{result.epochs or 0:.2f} | tok/s {speed} mfu {result.mfu or 0:.1%} mem "
-        f"{(result.peak_memory_bytes or 0) / 1e9:.1f}GB | clock {result.training_seconds:.1f} s outside "
+        f"{name}: raw {result.val_bpb:.4f} average {averaged} artifact {artifact or '-'} | "
+        f"train {run.last_train_loss:.4f} val {result.val_loss:.4f} steps {result.steps} "
+        f"tokens {result.tokens / 1e6:.1f}M epochs {result.epochs or 0:.2f} | tok/s {speed} mfu {result.mfu or 0:.1%} "
+        f"mem {(result.peak_memory_bytes or 0) / 1e9:.1f}GB | clock {result.training_seconds:.1f} s outside "
         f"{run.outside_seconds:.1f} s | params {result.params:,} recompiles {result.recompiles}",
         flush=True,
     )
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--every-fraction", type=float, default=0.1, help="validate so often; 1: at the end alone")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rounding", nargs="+", choices=get_args(Rounding), default=["nearest"])
     asked = parser.parse_args()
     data = prepared(asked.train, asked.val, asked.out / f"data-{asked.vocab_size}", asked.vocab_size)
     manifest = DataSet.load(data).manifest
@@ -188,7 +191,7 @@ def main() -> None:
         config = configuration(asked, seed)
         folder = asked.out / f"{name}-{seed}"
         run = trained(config, data, folder, asked.processes)
-        tell(f"{name}@{seed}", run, exported(folder, data) if asked.export else None)
+        tell(f"{name}@{seed}", run, [exported(folder, data, how) for how in asked.rounding if asked.export])
         scores.append(run.result.val_bpb)
         keep_curve(asked.out / "curves.jsonl", name, run)
     if len(scores) > 1:
