@@ -68,7 +68,8 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, time\nfrom trainer.data.parallel import ordered_map\n"
-        "def work(n):\n    print(os.getpid(), flush=True)\n    time.sleep(600 * (n > 1))\n"
+        # In one call, so that lines of two workers do not mix.
+        "def work(n):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(600 * (n > 1))\n"
         "if __name__ == '__main__':\n    list(ordered_map(work, range(4), workers=2))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
