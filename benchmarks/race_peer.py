@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -85,15 +86,18 @@ def run(command: list[str], environment: dict[str, str], folder: Path, log: Path
         start_new_session=True,
     )
     assert process.stdout is not None
-    with log.open("w") as file:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if until is not None and re.search(until, line):
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return None
-    return process.wait()
+    try:
+        with log.open("w") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if until is not None and re.search(until, line):
+                    return None
+        return process.wait()
+    finally:  # nor does it outlive this one
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How long a step takes with each of several changes of a preset.
 
-    python -m benchmarks.step_times VARIANTS.yaml [--preset recommended] [--micro 65536] [--together 5] [--device auto]
+    python -m benchmarks.step_times VARIANTS.yaml [--preset public-stack] [--micro 65536] [--together 1] [--device auto]
 
 VARIANTS.yaml maps a name to what it changes (`section.key: value`), as for `benchmarks.race_ablations`. Every variant
 runs twice in a process of its own: first several together, which compiles, then one after the other, which is told:
@@ -37,9 +37,9 @@ def timed(changes: Mapping[str, Any], asked: argparse.Namespace) -> list[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", type=Path)
-    parser.add_argument("--preset", default="recommended")
+    parser.add_argument("--preset", default="public-stack")
     parser.add_argument("--micro", type=int)
-    parser.add_argument("--together", type=int, default=5)
+    parser.add_argument("--together", type=int, default=1)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
     variants: dict[str, dict[str, Any] | None] = yaml.safe_load(asked.variants.read_text())

@@ -35,7 +35,7 @@ from trainer.model.attention_backends import (
 _WARM_RUNS, _TIMED_RUNS = 3, 7
 # Of documents in the measurement: about what English web text has in tokens of a 4,096 vocabulary.
 _MEAN_DOCUMENT_TOKENS = 1000
-# It was never the fastest, and 15 s of compiling showed no more than that.
+# It was behind cuDNN wherever it was measured, and 15 s of compiling showed no more than that.
 _ONLY_IF_ASKED: frozenset[Backend] = frozenset({"flex"})
 # Two measurements of one kernel were up to 7% apart.
 _ABOUT_AS_FAST = 1.1
@@ -129,7 +129,7 @@ def _key(shape: AttentionShape, tried: Sequence[Backend], device: torch.device) 
         return None
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
     versions = {"torch": str(torch.__version__), "cudnn": cudnn, "flash_attn_interface": flash3_version()}
-    # As it was before there were windows, so that what was kept then is still found.
+    # As it was before there were windows, so that what was kept by document then is still found.
     of_shape = {name: value for name, value in asdict(shape).items() if (name, value) != ("window", None)}
     return {"card": card, **versions, "tried": list(tried), **of_shape}
 

@@ -125,7 +125,9 @@ class ExportConfig(Section):
         default=None, ge=4, le=8, description="Bits of embeddings and head, which errors hurt most; default: `bits`."
     )
     embedding_clip_sigma: float | None = Field(
-        default=None, gt=0, description="clip_sigma of embeddings and head, with embedding_bits."
+        default=None,
+        gt=0,
+        description="clip_sigma of embeddings and head, with embedding_bits; default: the row's largest magnitude.",
     )
     rounding: Rounding = Field(
         default="nearest",
@@ -154,7 +156,7 @@ class ExportConfig(Section):
     @model_validator(mode="after")
     def _clips_what_has_bits(self) -> Self:
         if self.embedding_clip_sigma is not None and self.embedding_bits is None:
-            raise ValueError("embedding_clip_sigma goes with embedding_bits; give both, or clip_sigma alone")
+            raise ValueError("embedding_clip_sigma goes with embedding_bits; give both, or neither (null)")
         return self
 
 

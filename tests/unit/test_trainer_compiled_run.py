@@ -31,6 +31,7 @@ CASES: dict[str, Settings] = {
         "model": PLAIN["model"] | {"num_layers": 1, "recurrence": LOOP},
         "qat": {"enabled": True, "start_fraction": 0.5},
         "export": {"bits": 4},
+        "evaluation": PLAIN["evaluation"] | {"batch_tokens": 128},  # one pass of the training
     },
     "everything": EVERYTHING
     | {
@@ -40,6 +41,7 @@ CASES: dict[str, Settings] = {
         | {"attention_window": 3, "full_attention_layers": [1]},
         "qat": {"enabled": True, "start_fraction": 0.5},
         "export": {"bits": 4},
+        "evaluation": EVERYTHING["evaluation"] | {"batch_tokens": 64},
     },
 }
 
@@ -66,13 +68,15 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("trainer.run_state.build_passes", partial(build_passes, backend="aot_eager"))
-    curves = {}
+    curves, graphs = {}, {}
     for title, changed in {
         "eager": {},
         "compiled": {"compile": True},
         "by pass": {"compile": True, "compile_scope": "pass"},
         "unquantised": {"compile": True, "qat": {"enabled": False}},
+        "evaluated in another shape": {"compile": True, "evaluation": {"batch_tokens": 256}},
     }.items():
+        torch.compiler.reset()
         code, lines = run(settings(CASES[name], **changed), data, tmp_path / title, capsys)
         assert code is ExitCode.OK
         curves[title] = losses(lines)
@@ -80,14 +84,18 @@ def test_every_switch_acts_in_a_compiled_run_and_compiles_nothing_more(
         assert details(lines, "recompiles") == ([(6, "0")] if compiled else [])
         assert result(tmp_path / title).recompiles == (0 if compiled else None)
         assert bool(details(lines, "warm_up")) == compiled
+        if compiled:
+            ((_, warm_up),) = details(lines, "warm_up")
+            graphs[title] = int(warm_up.split("graphs:")[1])
         if title == "eager":
             whole = scores(lines)
-        elif title in {"compiled", "by pass"}:
+        elif title != "unquantised":
             for found, wanted in zip(scores(lines), whole, strict=True):
                 assert found == pytest.approx(wanted, rel=1e-3)
             assert [step for step, _ in details(lines, "late_qat")] == [3]
     assert curves["compiled"] == pytest.approx(curves["eager"], rel=1e-3)
     assert curves["by pass"] == pytest.approx(curves["eager"], rel=1e-3)
+    assert graphs["evaluated in another shape"] > graphs["compiled"]  # which evaluates through training's
     differ = [step for step, loss in curves["compiled"].items() if abs(loss / curves["unquantised"][step] - 1) > 1e-4]
     assert differ
     assert min(differ) == 4  # the first after the switch

@@ -12,7 +12,7 @@ import torch
 from small_data_set import make_data_set
 from trainer.batch_feed import BatchFeed, open_loader
 from trainer.clock import TrainingClock
-from trainer.config import BatchConfig, TrainConfig
+from trainer.config import BatchConfig, ModelConfig, TrainConfig
 from trainer.data.loader import Batch
 from trainer.data.manifest import DataSet
 from trainer.errors import InputError
@@ -238,6 +238,21 @@ def test_the_first_batch_is_looked_at_and_not_taken(dataset: DataSet, prefetch: 
             assert (loader.state_dict(), loader.epochs) == before
             assert same(feed.next_batch(), batch)
         assert (wanted[0].cu_seqlens is not None) == documents
+
+
+@pytest.mark.parametrize("order", ["documents", "shuffled"])
+@pytest.mark.parametrize(
+    ("looking_back", "looks"),
+    [({}, False), ({"smear_gate": True}, True), ({"bigram_embedding": {"rows": 8, "dim": 4}}, True)],
+)
+def test_who_looks_at_the_token_before_is_told_where_cut_documents_begin(
+    dataset: DataSet, looking_back: dict[str, Any], looks: bool, order: str
+) -> None:
+    """In packed rows one may begin in mid-row without a BOS."""
+    model = ModelConfig.model_validate(config().model.model_dump() | looking_back)
+    with open_loader(config(model=model, data={"order": order}), dataset, CPU) as loader:
+        told = loader.next_batch().cu_seqlens is not None
+    assert told == (looks and order == "documents")
 
 
 def test_looking_at_the_first_batch_of_an_epoch_does_not_begin_it(dataset: DataSet) -> None:

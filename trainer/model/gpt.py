@@ -172,13 +172,13 @@ class GPT(nn.Module):
             raise ValueError("this GPT was built without export settings: pass ExportConfig to fake-quantise")
         return fake_quantize(weight, *self.export.format_of(kind))
 
-    def _as_trained(self, weight: Tensor, kind: Kind = "embedding") -> Tensor:
+    def _as_trained(self, weight: Tensor, kind: Kind) -> Tensor:
         """The float32 weight of a table or a matrix, which the exporter quantises; fake-quantised if that is on."""
         return self._fake_quantized(weight, kind) if self.fake_quant_active else weight
 
     def _prepared(self, weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
         """A weight as matrix products take it, its rows scaled before it is rounded to their dtype."""
-        weight = self._as_trained(weight, "attention_in")  # as all matrices of the blocks
+        weight = self._as_trained(weight, "attention_in")  # all kinds of matrices have one format
         return (weight if row_scale is None else weight * row_scale.unsqueeze(1)).to(self.compute_dtype)
 
     @property
@@ -205,7 +205,7 @@ class GPT(nn.Module):
         if self.bigram_emb is None or self.bigram_proj is None or self.bigram_scale is None:
             return x
         rows = bigram_rows(inputs, self.bigram_emb.num_embeddings)
-        pairs = functional.embedding(rows, self._as_trained(self.bigram_emb.weight)).to(self.compute_dtype)
+        pairs = functional.embedding(rows, self._as_trained(self.bigram_emb.weight, "embedding")).to(self.compute_dtype)
         pairs = pairs.masked_fill(first.unsqueeze(2), 0.0)
         if self.bigram_inputs is not None:
             self.bigram_inputs.observe(pairs)
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         """(batch, time) -> the projected value embedding (batch, time, kv_dim), if there is one."""
         if self.value_emb is None or self.value_proj is None:
             return None
-        table = self._as_trained(self.value_emb.weight)
+        table = self._as_trained(self.value_emb.weight, "embedding")
         x = functional.embedding(inputs, table).to(self.compute_dtype)
         if self.value_inputs is not None:
             self.value_inputs.observe(x)
@@ -223,8 +223,8 @@ class GPT(nn.Module):
 
     def _begin(self, inputs: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """(batch, time) -> the input embedding, the projected value embedding, if any, and the head's weight."""
-        master = self._as_trained(self.tok_emb.weight)
-        head = master if self.lm_head is None else self._as_trained(self.lm_head.weight)
+        master = self._as_trained(self.tok_emb.weight, "embedding")
+        head = master if self.lm_head is None else self._as_trained(self.lm_head.weight, "head")
         return self._embedded(inputs, master, ids), self._values(inputs), head.to(self.compute_dtype)
 
     def _prepare(self, block: Block) -> BlockWeights:

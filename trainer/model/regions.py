@@ -63,7 +63,8 @@ def _forgetting(part: Part) -> Part:
 def _cut(found: Any) -> Any:
     """Each tensor in the (named) tuples of `found` without its history; one that had gradients asks for some still."""
     if isinstance(found, Tensor):
-        # A leaf (a parameter that is handed on as it is) has none. And a view is none, as nothing else in training is.
+        # A leaf (a parameter that is handed on as it is) has none. And a view is not a leaf, as no activation in
+        # training is.
         return found if found.is_leaf else found.detach().requires_grad_().view_as(found)
     if isinstance(found, tuple):
         parts = [_cut(part) for part in found]
