@@ -21,11 +21,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from benchmarks.attention import exact
 
 _WARM, _TIMED = 3, 15
 _ERROR_ROWS = 2048
@@ -83,19 +86,6 @@ def tell(name: str, function: Function, given: Sequence[Tensor], exact: Function
     )
 
 
-def by_hand(window: int | None) -> Function:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _, positions, heads, _ = q.shape
-        at = torch.arange(positions, device=q.device)
-        distance = at.unsqueeze(1) - at
-        seen = (distance >= 0) & (distance < (window or positions))
-        keys, values = (part.repeat_interleave(heads // part.shape[2], dim=2) for part in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[3] ** 0.5
-        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
-
-    return attend
-
-
 def attention(asked: argparse.Namespace) -> None:
     from trainer.model.attention_backends import attention_of  # noqa: PLC0415 - parts stand for themselves
 
@@ -107,7 +97,7 @@ def attention(asked: argparse.Namespace) -> None:
     for window in (None, 1024, 512, 256):
         for backend in ("cudnn", "flash") if window is None else ("flash",):
             attend = attention_of(backend, time=asked.time, segments=None, device=device, window=window)
-            tell(f"{backend}, window {window}", attend, given, by_hand(window), few)
+            tell(f"{backend}, window {window}", attend, given, partial(exact, segments=None, window=window), few)
         try:
             from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]  # noqa: PLC0415
         except Exception as error:  # noqa: BLE001
@@ -120,7 +110,7 @@ def attention(asked: argparse.Namespace) -> None:
             attended: Tensor = found[0] if isinstance(found, tuple) else found
             return attended
 
-        tell(f"flash-attn-4, window {window}", flash4, given, by_hand(window), few)
+        tell(f"flash-attn-4, window {window}", flash4, given, partial(exact, segments=None, window=window), few)
 
 
 def mlp(asked: argparse.Namespace) -> None:
