@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.artifact import pack, unpack
+from trainer.artifact import unpack
 from trainer.config import ExportConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device
 from trainer.evaluation import ValidationStream, score
 from trainer.evaluation_attention import use_best_backend
 from trainer.evaluation_windows import plain
-from trainer.export import by_gptq
+from trainer.export import packed, rounded
 from trainer.model.gpt import GPT
 from trainer.model_file import load_model
+from trainer.parameters import parameter_count
 
 _FORMATS = ["6:12.85", "6:12.85:8:20", "5:6.43:8:20", "6:max", "4:max"]
 
@@ -58,7 +59,7 @@ def main() -> None:
     dataset, saved = DataSet.load(asked.data), load_model(asked.model, "cpu")
     stream = ValidationStream.load(dataset)
     windows = plain(stream.positions, seq_len=saved.config.batch.train_seq_len)
-    state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
+    parameters = parameter_count(saved.config.model)
 
     def bpb(model: GPT) -> float:
         model = model.to(device)
@@ -70,24 +71,18 @@ def main() -> None:
         return score(windows, losses, stream, batch_tokens=65536, device=device).bpb
 
     exact = bpb(load_model(asked.model, "cpu").model)
-    print(f"{sum(tensor.numel() for tensor in state.values()):,} parameters, {exact:.4f} BPB as trained")
+    print(f"{parameters:,} parameters, {exact:.4f} BPB as trained")
     print("| format | rounding | BPB above | bytes of weights | bits a parameter | cost | seconds |")
     print("|---|---|---|---|---|---|---|")
     for text in asked.formats:
         for rounding in ("nearest", "gptq"):
             config = saved.config.model_copy(update={"export": export_config(text, asked.tokens, rounding)})
             began = time.monotonic()
-            integers, cost = by_gptq(config, saved.model, dataset, device) if rounding == "gptq" else ({}, None)
+            integers, cost = rounded(config, saved.model, dataset, device)
             seconds = time.monotonic() - began
-            data = pack(
-                config,
-                state,
-                tokenizer_sha256=saved.tokenizer_sha256,
-                recurrence_active=saved.model.recurrence_active,
-                rounded=integers,
-            )
+            data = packed(config, saved, integers)
             lost = bpb(unpack(data, text).model("cpu")) - exact
-            bits = 8 * len(data) / sum(tensor.numel() for tensor in state.values())
+            bits = 8 * len(data) / parameters
             print(
                 f"| {text} | {rounding} | {lost:+.4f} | {len(data):,} | {bits:.3f} | "
                 f"{'' if cost is None else f'{cost:.3f}'} | {seconds:.1f} |",

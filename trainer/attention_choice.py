@@ -129,9 +129,7 @@ def _key(shape: AttentionShape, tried: Sequence[Backend], device: torch.device) 
         return None
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
     versions = {"torch": str(torch.__version__), "cudnn": cudnn, "flash_attn_interface": flash3_version()}
-    # As it was before there were windows, so that what was kept by document then is still found.
-    of_shape = {name: value for name, value in asdict(shape).items() if (name, value) != ("window", None)}
-    return {"card": card, **versions, "tried": list(tried), **of_shape}
+    return {"card": card, **versions, "tried": list(tried), **asdict(shape)}
 
 
 def _lasting(timings: Sequence[BackendTiming]) -> bool:

@@ -16,7 +16,7 @@ from trainer.devices import choose_device
 from trainer.durable import write_whole
 from trainer.errors import InputError
 from trainer.model.gpt import GPT
-from trainer.model_file import load_model
+from trainer.model_file import SavedModel, load_model
 from trainer.parameters import parameters
 from trainer.quantization.fake_quant import fake_quantize
 from trainer.quantization.gptq import gptq
@@ -50,17 +50,8 @@ def export(
     chosen = choose_device(device, asked_by="--device")
     (out / RESULT_NAME).unlink(missing_ok=True)
     state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
-    integers: Integers = {}
-    cost = None
-    if config.export.rounding == "gptq":
-        integers, cost = by_gptq(config, saved.model, dataset, chosen)
-    data = pack(
-        config,
-        state,
-        tokenizer_sha256=saved.tokenizer_sha256,
-        recurrence_active=saved.model.recurrence_active,
-        rounded=integers,
-    )
+    integers, cost = rounded(config, saved.model, dataset, chosen)
+    data = packed(config, saved, integers)
     path = out / ARTIFACT_NAME
     proofs: list[tuple[Artifact, float]] = []
 
@@ -85,9 +76,22 @@ def export(
     )
 
 
-def by_gptq(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.device) -> tuple[Integers, float | None]:
-    """The integers of every matrix that tokens are multiplied with, and what they cost all outputs together, over what
-    rounding to nearest would (None if that costs nothing)."""
+def packed(config: TrainConfig, saved: SavedModel, integers: Integers) -> bytes:
+    """The artifact of the saved weights by the export settings of `config`, and with these integers."""
+    return pack(
+        config,
+        saved.model.state_dict(),
+        tokenizer_sha256=saved.tokenizer_sha256,
+        recurrence_active=saved.model.recurrence_active,
+        rounded=integers,
+    )
+
+
+def rounded(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.device) -> tuple[Integers, float | None]:
+    """The integers that are not simply the nearest ones: GPTQ's, if it is asked for, of every matrix that tokens are
+    multiplied with; and what they cost all outputs together, over what the nearest would (None if that is nothing)."""
+    if config.export.rounding == "nearest":
+        return {}, None
     windows = calibration_windows(
         dataset,
         tokens=config.export.calibration_tokens,

@@ -260,10 +260,7 @@ class TestChoice:
         assert choose() == ("cudnn", "flash", [*full, *((name, 16) for name in ("flash", "plain"))])
         assert choose() == ("cudnn", "flash", [])
         keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "attention").iterdir()]
-        assert sorted(key.get("window", 0) for key in keys) == [0, 16]
-        # What was kept before there were windows had these names, and is found by them.
-        old = {"card", "torch", "cudnn", "flash_attn_interface", "tried", "rows", "time", "heads", "kv_heads"}
-        assert [set(key) for key in keys if "window" not in key] == [old | {"head_dim", "documents"}]
+        assert {key["window"] for key in keys} == {None, 16}
 
 
 class TestEvaluation:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
+from trainer.__main__ import app
 from trainer.artifact import ArtifactError, pack, read_artifact, unpack
 from trainer.calibration import calibration_windows, input_covariances
 from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, TrainConfig
@@ -218,3 +220,21 @@ def test_calibration_windows_are_spread_evenly_and_never_overlap(dataset: DataSe
     assert whole.flatten().tolist() == stream[: most * 8].tolist()
     with pytest.raises(ShardError, match="token"):
         calibration_windows(dataset, tokens=10**9, seq_len=8, vocab_size=8)
+
+
+def test_the_verb_takes_the_rounding_and_tells_what_it_is_worth(dataset: DataSet, tmp_path: Path) -> None:
+    _save(tmp_path / "model.pt", dataset, *_model(clip=3.0))
+
+    def run(rounding: str) -> Result:
+        where = ["--data", str(dataset.path), "--out", str(tmp_path / rounding), "--device", "cpu"]
+        return CliRunner().invoke(app, ["export", str(tmp_path / "model.pt"), *where, "--rounding", rounding])
+
+    answer = run("gptq")
+    assert answer.exit_code == 0
+    assert "Serialized model int6+gptq+zlib: " in answer.stdout
+    assert "of what rounding to nearest costs the matrices' outputs" in answer.stdout
+    answer = run("nearest")
+    assert answer.exit_code == 0
+    assert "GPTQ" not in answer.stdout
+    assert run("up").exit_code == 2
+    assert not (tmp_path / "up").exists()
