@@ -20,16 +20,22 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Torch for CUDA brings Triton, other builds of it do not: there the tests of Caddie's kernels need its interpreter.
+$(VENV)/triton: $(VENV)/installed tests/requirements.lock
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/requirements.lock
+	@touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/caddie demo --workspace $(WORKSPACE)/demo
 
 up: $(VENV)/installed
 	$(BIN)/caddie up --workspace $(WORKSPACE)
 
-test: $(VENV)/installed
+test: $(VENV)/triton
 	$(BIN)/python -m pytest
 
-check: $(VENV)/installed
+check: $(VENV)/triton
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

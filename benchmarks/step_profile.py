@@ -1,7 +1,7 @@
 """Where a training step's time goes, kernel by kernel, and the two numbers it is held against.
 
     python -m benchmarks.step_profile [PRESET] [--set model.model_dim=768 ...] [--micro 65536] [--scope layer]
-        [--times]
+        [--plain] [--times]
 
 One micro-batch of random tokens and the optimiser, compiled, the loop off and on. First the floor: the operations of
 the pass over the measured matrix rate. Then what the device did over some steps: the time in which it ran any kernel,
@@ -29,6 +29,7 @@ from trainer.config import TrainConfig
 from trainer.devices import choose_device, synchronize
 from trainer.flops import train_flops_per_token
 from trainer.matrix_rate import matrix_rate
+from trainer.model import triton_operators
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
 from trainer.presets import over_preset
@@ -144,9 +145,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--top", type=int, default=25)
+    parser.add_argument("--plain", action="store_true", help="without Caddie's own kernels")
     parser.add_argument("--times", action="store_true")
     asked = parser.parse_args()
     config = configuration(asked.preset, asked.set, asked.micro, asked.scope)
+    if asked.plain:
+        triton_operators.HAS_KERNELS = False
     device = choose_device(asked.device, asked_by="--device")
     tokens, time_ = config.batch.train_batch_tokens, config.batch.train_seq_len
     torch.manual_seed(0)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter, in which kernels run without a GPU. It must be told before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +21,6 @@ def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch:
 @pytest.fixture
 def seeded_on_one_thread() -> Iterator[None]:
     """torch seeded, and on one thread: tiny tensors wait longer for several threads than they compute."""
-    import torch
-
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -55,14 +55,21 @@ INFERENCE_MODULES = (
     "trainer.model.bigrams",
     "trainer.model.blocks",
     "trainer.model.eager",
+    "trainer.model.fused_heads",
+    "trainer.model.fused_loss",
+    "trainer.model.fused_mlp",
     "trainer.model.gpt",
     "trainer.model.head",
+    "trainer.model.head_kernels",
     "trainer.model.input_statistics",
+    "trainer.model.loss_kernels",
+    "trainer.model.mlp_kernels",
     "trainer.model.norm",
     "trainer.model.recurrence",
     "trainer.model.regions",
     "trainer.model.smear",
     "trainer.model.stack",
+    "trainer.model.triton_operators",
     "trainer.model.varlen_attention",
     "trainer.model_config",
     "trainer.optimization_config",
@@ -74,7 +81,8 @@ INFERENCE_MODULES = (
     "trainer.quantization.rounding",
     "trainer.ranks",
 )
-"""What decoding and scoring an artifact imports of this package; their source counts as the artifact's code."""
+"""What decoding and scoring an artifact imports of this package, on CUDA (the kernels); their source counts as the
+artifact's code."""
 
 # Bits per coded weight beyond those of Gaussian rows, by kind: means over int6 exports (row-maximum scales) of six
 # shapes, 64 to 384 wide with vocabularies of 1024 and 4096, trained 150 to 1500 steps on prose. Muon's matrices are

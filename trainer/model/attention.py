@@ -25,10 +25,14 @@ from trainer.model.attention_backends import Attend
 from trainer.model.eager import RmsNormRope, eager_cpu, linear
 from trainer.model.input_statistics import MakeInputStatistics
 from trainer.model.norm import rms_norm
+from trainer.model.triton_operators import HAS_KERNELS, fusible
 from trainer.parameters import GATE_WIDTH
 
 if TYPE_CHECKING:
     from trainer.model.adapters import BlockAdapters
+
+if TYPE_CHECKING or HAS_KERNELS:
+    from trainer.model.fused_heads import gated_outputs, normed_heads
 
 
 class RopeTables(NamedTuple):
@@ -130,20 +134,25 @@ class CausalSelfAttention(nn.Module):
         it."""
         batch, time, dim = x.shape
         qkv = linear(x, weights.qkv).view(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if adapters is not None:
-            q = q + adapters.q(x).view(q.shape)
-            v = v + adapters.v(x).view(v.shape)
+        fused = fusible(x)
+        if fused and adapters is None:
+            q, k, v = normed_heads(qkv, *shared.tables, self.q_gain, self.kv_heads)
+        else:
+            q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+            if adapters is not None:
+                q = q + adapters.q(x).view(q.shape)
+                v = v + adapters.v(x).view(v.shape)
+            q = rms_norm_rope(q, shared.tables, self.q_gain)
+            k = rms_norm_rope(k, shared.tables)
         if self.value_scale is not None and shared.values is not None:
             v = torch.addcmul(v, shared.values.view(v.shape), self.value_scale.to(x.dtype))
-        q = rms_norm_rope(q, shared.tables, self.q_gain)
-        k = rms_norm_rope(k, shared.tables)
         attended = shared.attend_window(q, k, v) if self.windowed else shared.attend(q, k, v)
-        if self.exclusive:
-            attended = without_own_value(attended, v)
-        if self.gate is not None:
-            opened = 2 * torch.sigmoid(functional.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
-            attended = attended * opened.unsqueeze(3)
+        gate = None if self.gate is None else functional.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
+        if fused and (self.exclusive or gate is not None):
+            attended = gated_outputs(attended, v, gate, self.exclusive)
+        else:
+            attended = without_own_value(attended, v) if self.exclusive else attended
+            attended = attended if gate is None else attended * (2 * torch.sigmoid(gate)).unsqueeze(3)
         mixed = attended.reshape(batch, time, dim)
         if self.qkv_inputs is not None and self.proj_inputs is not None:
             self.qkv_inputs.observe(x)

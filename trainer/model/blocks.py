@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -31,12 +32,17 @@ from trainer.model.eager import SquaredLeakyReLU, eager_cpu, linear
 from trainer.model.input_statistics import InputCovariance, MakeInputStatistics
 from trainer.model.norm import rms_norm
 from trainer.model.stack import Lanes
+from trainer.model.triton_operators import HAS_KERNELS, fusible_mlp
 from trainer.model_config import Activation
 
 if TYPE_CHECKING:
     from trainer.model.adapters import BlockAdapters
 
-LEAKY_SLOPE = 0.5
+if TYPE_CHECKING or HAS_KERNELS:
+    from trainer.model.fused_mlp import squared_mlp
+
+SLOPES: Mapping[Activation, float] = {"relu_squared": 0.0, "leaky_relu_squared": 0.5}
+"""What the squared activations multiply negative inputs with before they square them."""
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
@@ -45,7 +51,7 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
     if kind == "swiglu":
         first, second = x.chunk(2, dim=-1)
         return functional.silu(first) * second
-    slope = 0.0 if kind == "relu_squared" else LEAKY_SLOPE
+    slope = SLOPES[kind]
     if eager_cpu(x):
         squared: Tensor = SquaredLeakyReLU.apply(x, slope)  # type: ignore[no-untyped-call]  # torch's own
         return squared
@@ -83,6 +89,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         """(batch, time, dim) -> (batch, time, dim)."""
+        watched = self.fc_inputs is not None
+        if not watched and self.activation in SLOPES and fusible_mlp(x, fc):
+            return squared_mlp(x, fc, proj, SLOPES[self.activation])
         hidden = activate(linear(x, fc), self.activation)
         if self.fc_inputs is not None and self.proj_inputs is not None:
             self.fc_inputs.observe(x)

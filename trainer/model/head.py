@@ -10,12 +10,13 @@ the z-loss (PaLM, Chowdhery et al. 2022, arXiv:2204.02311), of the capped logits
 
 A CPU pays for every trip to memory: there the loss goes through the rows in chunks that stay in the cache, and a
 training pass takes the gradients of a chunk while its logits are still there (the idea of Cut Cross-Entropy and Liger,
-arXiv:2411.09009, arXiv:2410.10989). On CUDA the plain formula is left to the compiler's fusion.
+arXiv:2411.09009, arXiv:2410.10989). On CUDA `trainer.model.fused_loss` takes capped logits; the plain formula is left
+to the compiler's fusion.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from trainer.model.eager import rounded_inputs
+from trainer.model.triton_operators import HAS_KERNELS, fusible
+
+if TYPE_CHECKING or HAS_KERNELS:
+    from trainer.model.fused_loss import capped_losses
 
 CHUNK_ROWS = 256
 
@@ -48,6 +53,8 @@ def capped_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
 
 def row_losses(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Cross-entropy in nats of each row, (rows,) float32. Without gradients on a CPU: chunk by chunk."""
+    if cap and fusible(x):
+        return capped_losses(functional.linear(x, weight), targets, cap)
     if x.is_cuda or torch.is_grad_enabled():
         return functional.cross_entropy(capped_logits(x, weight, cap), targets, reduction="none")
     chunks = zip(torch.split(x, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True)
