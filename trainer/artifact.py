@@ -4,7 +4,8 @@
     4 bytes   little-endian length of the manifest
     32 bytes  SHA-256 of the manifest
     manifest  JSON, deflated: config, tensor table, lengths and SHA-256 of the payload
-    payload   one stream of integers per matrix, then one stream of fp16 numbers (row scales, and gains and gates)
+    payload   one stream of integers per matrix, by the coder that its entry names, then one stream of fp16 numbers
+              (row scales, and gains and gates)
 
 A reader checks every length against the file and every shape against the config before it allocates, and both
 hashes before it believes; whatever is wrong is an ArtifactError.
@@ -18,21 +19,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from trainer.config import TrainConfig
+from trainer.config import Coder, TrainConfig
 from trainer.errors import InputError
 from trainer.model.gpt import GPT
 from trainer.parameters import parameter_count, parameter_shapes, parameters
+from trainer.quantization.coders import decode_with
 from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
 
 Integers = Mapping[str, tuple[Tensor, Tensor]]
 """By a matrix's name its int8 values (rows, columns) and fp16 scales (rows,), on the CPU."""
 
-MAGIC = b"caddie\x00\x02"
+MAGIC = b"caddie\x00\x03"
 _LENGTH_BYTES = 4
 _DIGEST_BYTES = 32
 _FRAME_BYTES = len(MAGIC) + _LENGTH_BYTES + _DIGEST_BYTES
@@ -58,6 +62,7 @@ class TensorEntry(_Value):
     name: str
     shape: tuple[int, ...]
     bits: int = Field(description="16 is fp16, unquantised.")
+    coder: Coder | None = Field(description="Of the integers; none if there are none.")
     offset: int = Field(ge=0, description="From the beginning of the payload.")
     length: int = Field(ge=0)
     half: int = Field(ge=0, description="Index of the first fp16 number.")
@@ -80,6 +85,11 @@ class ArtifactManifest(_Value):
     halves: int = Field(ge=0, description="How many fp16 numbers there are.")
     payload_bytes: int = Field(ge=0)
     payload_sha256: str
+
+    @property
+    def coders(self) -> set[Coder]:
+        """Those that some matrix was coded by."""
+        return {entry.coder for entry in self.tensors if entry.coder is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,28 +117,45 @@ def pack(
     recurrence_active: bool,
     rounded: Integers | None = None,
 ) -> bytes:
-    """The artifact's bytes: matrices as the integers `rounded` says, and to the nearest ones where it says nothing;
-    gains and gates in fp16.
+    """The artifact's bytes: matrices as the integers `rounded` says, and to the nearest ones where it says nothing,
+    by the coders that make it smallest; gains and gates in fp16.
 
-    Raises InputError if the tensors are not those of the config, or a number is not finite in fp16.
+    Raises InputError if the tensors are not those of the config, a number is not finite in fp16, or a coder's package
+    is missing.
     """
+    from trainer.quantization.choosing import encode_all  # noqa: PLC0415 - reading an artifact does not need it
+
     table, shapes = parameters(config.model), parameter_shapes(config.model)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != shapes:
         odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
         raise InputError(f"the weights are not those of their config: {', '.join(odd)}")
+    integers = {
+        name: (rounded or {}).get(name) or quantize(state[name].cpu(), *config.export.format_of(table[name].kind))
+        for name in shapes
+        if table[name].quantized
+    }
+    try:
+        coded = encode_all({name: values.numpy() for name, (values, _) in integers.items()}, config.export.coders)
+    except CodingError as error:
+        raise InputError(str(error)) from error
     entries: list[TensorEntry] = []
     streams: list[bytes] = []
     halves: list[Tensor] = []
     offset = half = 0
     for name, shape in shapes.items():
-        if table[name].quantized:
-            bits, clip_sigma = config.export.format_of(table[name].kind)
-            values, numbers = (rounded or {}).get(name) or quantize(state[name].cpu(), bits, clip_sigma)
-            stream = encode(values.numpy().tobytes())
+        coder: Coder | None = None
+        if name in integers:
+            bits, numbers, (coder, stream) = (
+                config.export.format_of(table[name].kind).bits,
+                integers[name][1],
+                coded[name],
+            )
         else:
             numbers, stream, bits = _as_half(name, state[name]), b"", _HALF_BITS
-        entries.append(TensorEntry(name=name, shape=shape, bits=bits, offset=offset, length=len(stream), half=half))
+        entries.append(
+            TensorEntry(name=name, shape=shape, bits=bits, coder=coder, offset=offset, length=len(stream), half=half)
+        )
         streams.append(stream)
         halves.append(numbers)
         offset, half = offset + len(stream), half + numbers.numel()
@@ -161,6 +188,15 @@ def is_artifact(path: Path) -> bool:
 def read_artifact(path: Path) -> Artifact:
     """Read and check a file. Raises OSError or ArtifactError."""
     return unpack(path.read_bytes(), str(path))
+
+
+def read_integers(path: Path) -> dict[str, NDArray[np.int8]]:
+    """The integers of each matrix, (rows, columns), of a file checked as by `read_artifact`. Raises OSError or
+    ArtifactError."""
+    data = path.read_bytes()
+    entries = unpack(data, str(path)).manifest.tensors
+    _, begin = _read_manifest(data)
+    return {entry.name: _integers(entry, memoryview(data)[begin:]) for entry in entries if entry.coder is not None}
 
 
 def unpack(data: bytes, name: str) -> Artifact:
@@ -230,6 +266,8 @@ def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
         bits = config.export.format_of(parameter.kind).bits if parameter.quantized else _HALF_BITS
         if (entry.bits, entry.offset, entry.half) != (bits, offset, half):
             raise ArtifactError(f"{entry.name} lies at {entry.offset}/{entry.half} instead of {offset}/{half}")
+        if (entry.coder in config.export.coders) != parameter.quantized:
+            raise ArtifactError(f"{entry.name} is coded by {entry.coder}, which is none of the config's coders")
         offset, half = offset + entry.length, half + entry.halves
     if (manifest.halves_offset, manifest.halves) != (offset, half):
         raise ArtifactError("the fp16 numbers do not follow the matrices")
@@ -242,12 +280,19 @@ def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
     numbers = halves[entry.half : entry.half + entry.halves]
     if entry.bits == _HALF_BITS:
         return numbers.to(torch.float32).view(entry.shape)
-    raw = decode(bytes(payload[entry.offset : entry.offset + entry.length]), math.prod(entry.shape))
-    values = torch.frombuffer(bytearray(raw), dtype=torch.int8).view(entry.shape)
+    return dequantize(torch.from_numpy(_integers(entry, payload)), numbers)
+
+
+def _integers(entry: TensorEntry, payload: memoryview) -> NDArray[np.int8]:
+    """(rows, columns), an array of its own."""
+    if entry.coder is None or len(entry.shape) != 2:
+        raise ArtifactError(f"{entry.name} is no matrix of integers")
+    stream = bytes(payload[entry.offset : entry.offset + entry.length])
+    values = decode_with(entry.coder, stream, *entry.shape).copy()
     limit = largest_value(entry.bits)
     if int(values.min()) < -limit or int(values.max()) > limit:
         raise ArtifactError(f"{entry.name} holds an integer outside -{limit}..{limit}")
-    return dequantize(values, numbers)
+    return values
 
 
 def _as_half(name: str, tensor: Tensor) -> Tensor:

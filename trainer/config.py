@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -104,6 +105,16 @@ class EvaluationConfig(Section):
 
 
 Rounding = Literal["nearest", "gptq"]
+Coder = Literal["zlib", "ans", "brotli", "zstd", "lzma"]
+
+CODER_MODULES: Mapping[Coder, tuple[str, ...]] = {
+    "zlib": (),
+    "ans": ("trainer.quantization.ans",),
+    "brotli": ("trainer.quantization.general",),
+    "zstd": ("trainer.quantization.general",),
+    "lzma": ("trainer.quantization.general",),
+}
+"""What decoding a coder's streams imports of this package, beside what decoding any artifact does."""
 
 
 class IntegerFormat(NamedTuple):
@@ -137,6 +148,12 @@ class ExportConfig(Section):
     calibration_tokens: int = Field(
         default=262144, gt=0, description="Of the train shards, from which gptq learns the matrices' inputs."
     )
+    coders: tuple[Coder, ...] = Field(
+        default=("zlib", "ans"),
+        min_length=1,
+        description="Each matrix is coded by the one of these that makes the artifact smallest, with the code that "
+        "decodes it. brotli, zstd and lzma take half a minute and more for a model of 16 MB.",
+    )
     damping: float = Field(
         default=0.01, gt=0, le=1, description="gptq: added to the inputs' covariance, as a share of its mean diagonal."
     )
@@ -149,9 +166,15 @@ class ExportConfig(Section):
 
     @property
     def scheme(self) -> str:
-        """What an artifact calls it, such as `int6+zlib`, or `int6e8+gptq+zlib` with embeddings of 8 bits."""
+        """What an artifact calls it, such as `int6+zlib+ans`, or `int6e8+gptq+ans` with embeddings of 8 bits."""
         tables = "" if self.embedding_bits is None else f"e{self.embedding_bits}"
-        return f"int{self.bits}{tables}{'+gptq' if self.rounding == 'gptq' else ''}+zlib"
+        return "+".join((f"int{self.bits}{tables}", *(["gptq"] if self.rounding == "gptq" else []), *self.coders))
+
+    @model_validator(mode="after")
+    def _coders_once(self) -> Self:
+        if len(set(self.coders)) != len(self.coders):
+            raise ValueError(f"coders {list(self.coders)} names one twice")
+        return self
 
     @model_validator(mode="after")
     def _clips_what_has_bits(self) -> Self:

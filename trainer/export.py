@@ -61,7 +61,7 @@ def export(
 
     write_whole(path, data, check=prove_written)
     ((artifact, error),) = proofs
-    code_bytes = sizing.code_bytes()
+    code_bytes = sizing.code_bytes(artifact.manifest.coders)
     return ExportResult(
         artifact_path=str(path),
         artifact_sha256=artifact.sha256,

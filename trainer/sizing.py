@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.config import ExportConfig, TrainConfig
+from trainer.config import CODER_MODULES, Coder, ExportConfig, TrainConfig
 from trainer.memory import (
     USABLE_SHARE,
     chosen_micro_tokens,
@@ -17,7 +18,7 @@ from trainer.memory import (
     memory_terms,
     peak_memory_bytes,
 )
-from trainer.parameters import TABLE_KINDS, Kind, parameter_count, parameter_shapes, parameters
+from trainer.parameters import TABLE_KINDS, Kind, Parameter, parameter_count, parameter_shapes, parameters
 
 __all__ = [
     "INFERENCE_MODULES",
@@ -26,6 +27,7 @@ __all__ = [
     "SizeEstimate",
     "chosen_micro_tokens",
     "code_bytes",
+    "coder_bytes",
     "fitting_micro_tokens",
     "inference_files",
     "memory_terms",
@@ -76,6 +78,7 @@ INFERENCE_MODULES = (
     "trainer.parameters",
     "trainer.presets",
     "trainer.quantization",
+    "trainer.quantization.coders",
     "trainer.quantization.coding",
     "trainer.quantization.fake_quant",
     "trainer.quantization.rounding",
@@ -97,11 +100,14 @@ _OFFSET_BITS: dict[Kind, float] = {
     "proj": -0.13,
 }
 _GAUSSIAN_ENTROPY_BITS = 0.5 * math.log2(2 * math.pi * math.e)
-# Huffman codes over the order-0 entropy, measured on Gaussian and Student-t rows: .03 to .05 bits.
+# Over the order-0 entropy, measured on Gaussian and Student-t rows: Huffman codes .03 to .05 bits, and ANS nothing but
+# its tables, about so many bytes for each of the integers there are. (What it gains by classes of columns is a matter
+# of the weights, and not predicted.)
 _HUFFMAN_BITS = 0.045
+_TABLE_BYTES = 2.3
 # Untrained uniform rows fill all levels evenly.
 _UNIFORM_MARGIN_BITS = 0.05
-# Measured on the same exports: code tables of a stream, an fp16 number after coding, the manifest and its entries.
+# Measured on the same exports: a stream's own bytes, an fp16 number after coding, the manifest and its entries.
 _STREAM_BYTES = 60
 _HALF_BYTES = 1.57
 _FRAME_BYTES = 830
@@ -133,16 +139,25 @@ class SizeEstimate:
     scheme: str
 
 
-def code_bytes() -> int:
-    """Bytes of the source files of `INFERENCE_MODULES`, as they lie on the disk. Raises OSError if one is missing."""
-    return sum(path.stat().st_size for path in inference_files())
+def code_bytes(coders: Iterable[Coder] = ()) -> int:
+    """Bytes of the source files of `INFERENCE_MODULES`, and of what these coders need beside them, as they lie on the
+    disk. Raises OSError if one is missing."""
+    return sum(path.stat().st_size for path in inference_files()) + coder_bytes(coders)
+
+
+def coder_bytes(coders: Iterable[Coder]) -> int:
+    """Bytes of the source files that are only there to decode what these coders wrote. Raises OSError."""
+    modules = {module for coder in coders for module in CODER_MODULES[coder]}
+    return sum(_source_of(module).stat().st_size for module in modules)
 
 
 def inference_files() -> Iterator[Path]:
-    root = Path(__file__).resolve().parent
-    for module in INFERENCE_MODULES:
-        path = root.joinpath(*module.split(".")[1:])
-        yield path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return map(_source_of, INFERENCE_MODULES)
+
+
+def _source_of(module: str) -> Path:
+    path = Path(__file__).resolve().parent.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def predict_artifact(config: TrainConfig, calibration: Calibration | None = None) -> SizeEstimate:
@@ -154,6 +169,7 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     """
     model, export = config.model, config.export
     table = parameters(model)
+    coders = _predicted_coders(export, table.values())
     sums: dict[str, tuple[int, float]] = {}
     halves = 0
     highest = 0.0
@@ -163,8 +179,8 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
             continue
         halves += parameter.shape[0]
         module = _module(name, parameter.kind)
-        size = parameter.count * _bits_per_weight(export, parameter.kind, parameter.shape[1]) / 8 + _STREAM_BYTES
         params, total = sums.get(module, (0, 0.0))
+        size = min(_stream_bytes(export, parameter, coder) for coder in coders)
         sums[module] = (params + parameter.count, total + size)
         bits = export.format_of(parameter.kind).bits
         highest += parameter.count * (math.log2(2**bits - 1) + _UNIFORM_MARGIN_BITS) / 8
@@ -175,7 +191,7 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     ratio = calibration.ratio if calibration else 1.0
     by_module = tuple((module, params, round(total * ratio)) for module, (params, total) in sums.items())
     weights = sum(size for _, _, size in by_module)
-    code = code_bytes()
+    code = code_bytes(coders)
     if calibration:
         low, high = weights * (1 - calibration.spread), weights * (1 + calibration.spread)
     else:
@@ -202,13 +218,28 @@ def _module(name: str, kind: Kind) -> str:
     return "attention" if ".attn." in name else "mlp"
 
 
-def _bits_per_weight(export: ExportConfig, kind: Kind, columns: int) -> float:
-    """Order-0 entropy of a Gaussian row at step size clip / Q, plus the kind's offset and Huffman's rounding."""
-    bits, clip_sigma = export.format_of(kind)
+def _predicted_coders(export: ExportConfig, table: Iterable[Parameter]) -> tuple[Coder, ...]:
+    """Those of the configuration's that would make the artifact smallest, with their code."""
+    quantized = [parameter for parameter in table if parameter.quantized]
+
+    def total(coders: tuple[Coder, ...]) -> float:
+        sizes = (min(_stream_bytes(export, parameter, coder) for coder in coders) for parameter in quantized)
+        return coder_bytes(coders) + sum(sizes)
+
+    choices = [chosen for count in range(1, len(export.coders) + 1) for chosen in combinations(export.coders, count)]
+    return min(choices, key=total)
+
+
+def _stream_bytes(export: ExportConfig, parameter: Parameter, coder: Coder) -> float:
+    """Order-0 entropy of Gaussian rows at step size clip / Q, plus the kind's offset and what the coder adds."""
+    bits, clip_sigma = export.format_of(parameter.kind)
     limit = 2 ** (bits - 1) - 1
-    clip_sigmas = _expected_maximum(columns) if clip_sigma is None else clip_sigma
-    entropy = _GAUSSIAN_ENTROPY_BITS + math.log2(limit / clip_sigmas) + _OFFSET_BITS[kind] + _HUFFMAN_BITS
-    return min(max(entropy, 1.0), math.log2(2 * limit + 1) + _UNIFORM_MARGIN_BITS)
+    clip_sigmas = _expected_maximum(parameter.shape[1]) if clip_sigma is None else clip_sigma
+    entropy = _GAUSSIAN_ENTROPY_BITS + math.log2(limit / clip_sigmas) + _OFFSET_BITS[parameter.kind]
+    entropy += 0.0 if coder == "ans" else _HUFFMAN_BITS
+    per_weight = min(max(entropy, 1.0), math.log2(2 * limit + 1) + _UNIFORM_MARGIN_BITS)
+    own = _TABLE_BYTES * (2 * limit + 1) if coder == "ans" else _STREAM_BYTES
+    return parameter.count * per_weight / 8 + own
 
 
 def _expected_maximum(count: int) -> float:

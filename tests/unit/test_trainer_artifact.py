@@ -62,7 +62,7 @@ def test_holds_exactly_the_fake_quantised_weights(bits: int, clip: float | None)
     state = _state(config)
     artifact = unpack(_packed(config, state), "it")
     assert artifact.config == config
-    assert artifact.manifest.scheme == f"int{bits}+zlib"
+    assert artifact.manifest.scheme == f"int{bits}+zlib+ans"
     assert artifact.manifest.tokenizer_sha256 == "ab" * 32
     assert list(artifact.state) == list(state)
     for name, weight in state.items():
@@ -192,7 +192,7 @@ def _huge(manifest: dict, _: bytes) -> None:  # type: ignore[type-arg]
         (lambda m, _: m.update(halves=m["halves"] + 1), "fp16"),
         (lambda m, _: m.update(halves_length=m["halves_length"] + 1), "fill"),
         (lambda m, _: m.update(vocab_size=25), "vocabulary"),
-        (lambda m, _: m.update(scheme="int4+zlib"), "scheme"),
+        (lambda m, _: m.update(scheme="int4+zlib+ans"), "scheme"),
         (lambda m, _: m.update(config="{}"), "config is not valid"),
         (lambda m, _: m.update(more=1), "manifest is not valid"),
         (lambda m, _: m.update(payload_bytes=m["payload_bytes"] + 9), "payload instead of"),
@@ -208,7 +208,7 @@ def test_embeddings_have_their_own_bits() -> None:
     config = _config(5, 2.0, embedding_bits=8)
     state = _state(config)
     artifact = unpack(_packed(config, state), "it")
-    assert artifact.manifest.scheme == "int5e8+zlib"
+    assert artifact.manifest.scheme == "int5e8+zlib+ans"
     bits = {entry.name: entry.bits for entry in artifact.manifest.tensors if entry.bits != 16}
     assert bits.pop("tok_emb.weight") == 8
     assert set(bits.values()) == {5}

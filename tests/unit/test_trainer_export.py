@@ -163,7 +163,7 @@ def test_gptq_writes_its_integers_where_tokens_are_multiplied_and_the_nearest_el
     _save(tmp_path / "model.pt", dataset, model, config)
     plain = export(tmp_path / "model.pt", dataset, tmp_path / "plain")
     result = export(tmp_path / "model.pt", dataset, tmp_path / "gptq", rounding="gptq", device="cpu")
-    assert (plain.scheme, result.scheme) == ("int4+zlib", "int4+gptq+zlib")
+    assert (plain.scheme, result.scheme) == ("int4+zlib+ans", "int4+gptq+zlib+ans")
     assert plain.rounding_cost is None
     assert result.rounding_cost is not None
     assert 0 < result.rounding_cost < 1
@@ -231,7 +231,7 @@ def test_the_verb_takes_the_rounding_and_tells_what_it_is_worth(dataset: DataSet
 
     answer = run("gptq")
     assert answer.exit_code == 0
-    assert "Serialized model int6+gptq+zlib: " in answer.stdout
+    assert "Serialized model int6+gptq+zlib+ans: " in answer.stdout
     assert "of what rounding to nearest costs the matrices' outputs" in answer.stdout
     answer = run("nearest")
     assert answer.exit_code == 0

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from trainer.artifact import pack
+from trainer.artifact import pack, unpack
 from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, RecurrenceConfig, TrainConfig
 from trainer.model.gpt import GPT
 from trainer.parameters import parameters
@@ -52,7 +52,8 @@ def test_gaussian_weights_land_in_the_interval(bits: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
     estimate = predict_artifact(config)
-    measured = len(pack(config, state, tokenizer_sha256="ab" * 32, recurrence_active=False)) + code_bytes()
+    data = pack(config, state, tokenizer_sha256="ab" * 32, recurrence_active=False)
+    measured = len(data) + code_bytes(unpack(data, "it").manifest.coders)
     assert estimate.low_bytes <= measured <= estimate.high_bytes
 
 
@@ -61,8 +62,8 @@ def test_an_estimate_adds_up() -> None:
     assert sum(size for _, _, size in estimate.by_module) + estimate.code_bytes == estimate.artifact_bytes
     assert sum(params for _, params, _ in estimate.by_module) == parameter_count(ModelConfig())
     assert estimate.low_bytes < estimate.artifact_bytes < estimate.high_bytes
-    assert estimate.scheme == "int6+zlib"
-    assert estimate.code_bytes == code_bytes() > 10_000
+    assert estimate.scheme == "int6+zlib+ans"
+    assert estimate.code_bytes == code_bytes(["ans"]) > code_bytes() > 10_000
 
 
 def test_embeddings_may_have_bits_of_their_own() -> None:
@@ -70,7 +71,7 @@ def test_embeddings_may_have_bits_of_their_own() -> None:
         predict_artifact(_config(SMALL, ExportConfig(clip_sigma=12.85, embedding_bits=bits, embedding_clip_sigma=clip)))
         for bits, clip in ((None, None), (8, 20.0))
     )
-    assert finer.scheme == "int6e8+zlib"
+    assert finer.scheme == "int6e8+zlib+ans"
     before, after = ({name: size for name, _, size in each.by_module} for each in (plain, finer))
     assert {name for name in before if before[name] != after[name]} == {"embedding"}
     count = SMALL.vocab_size * SMALL.model_dim

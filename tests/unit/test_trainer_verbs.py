@@ -64,7 +64,7 @@ def test_export_prints_and_writes_the_same_sizes(work: Path) -> None:
     result = read_result(work / "export" / "result.json")
     assert isinstance(result, ExportResult)
     lines = (work / "export.log").read_text().splitlines()
-    assert f"Total submission size int6+zlib: {result.artifact_bytes} bytes" in lines
+    assert f"Total submission size int6+zlib+ans: {result.artifact_bytes} bytes" in lines
     assert Path(result.artifact_path).stat().st_size == result.weights_bytes
 
 
@@ -84,7 +84,7 @@ def test_evaluate_scores_the_artifact_in_a_fresh_process(work: Path) -> None:
     assert result.source_kind == "artifact"
     assert (result.device, result.compute_dtype) == ("cpu", "float32")
     assert result.source_sha256 == exported.artifact_sha256
-    expected = f"final_int6_zlib_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
+    expected = f"final_int6_zlib_ans_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}"
     assert expected in done.stdout.splitlines()
 
 
