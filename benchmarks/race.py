@@ -2,7 +2,7 @@
 
     python -m benchmarks.race TRAIN.jsonl.xz --val VAL.jsonl.xz --out DIR [--preset recommended] [--seconds 180]
         [--vocab-size 4096] [--seeds 1337 42] [--set optimizer.matrix_lr=0.03 ...] [--processes 1] [--no-export]
-        [--rounding nearest gptq]
+        [--rounding nearest gptq] [--target-bytes 16000000]
 
 Tokenizer and shards are made from the text first (once a vocabulary, in DIR/data-V). Then each seed is trained for so
 many seconds of training clock, validated by plain windows, exported, and scored from the artifact's bytes in a process
@@ -136,10 +136,11 @@ def trained(config: TrainConfig, data: Path, folder: Path, processes: int) -> Ru
     )
 
 
-def exported(folder: Path, data: Path, rounding: str) -> tuple[ExportResult, EvaluateResult]:
+def exported(folder: Path, data: Path, rounding: str, target_bytes: int | None) -> tuple[ExportResult, EvaluateResult]:
     """The artifact of what a run left, and its score from its bytes alone."""
+    filled = () if target_bytes is None else ("--target-bytes", target_bytes)
     artifact, scored = folder / f"artifact-{rounding}", folder / f"scored-{rounding}"
-    verb(artifact, "export", folder / "model.pt", "--data", data, "--out", artifact, "--rounding", rounding)
+    verb(artifact, "export", folder / "model.pt", "--data", data, "--out", artifact, "--rounding", rounding, *filled)
     export = read_result(artifact / "result.json")
     assert isinstance(export, ExportResult)
     verb(scored, "evaluate", export.artifact_path, "--data", data, "--out", scored)
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rounding", nargs="+", choices=get_args(Rounding), default=["nearest"])
+    parser.add_argument("--target-bytes", type=int, help="the artifact fills so many")
     asked = parser.parse_args()
     data = prepared(asked.train, asked.val, asked.out / f"data-{asked.vocab_size}", asked.vocab_size)
     manifest = DataSet.load(data).manifest
@@ -191,7 +193,11 @@ def main() -> None:
         config = configuration(asked, seed)
         folder = asked.out / f"{name}-{seed}"
         run = trained(config, data, folder, asked.processes)
-        tell(f"{name}@{seed}", run, [exported(folder, data, how) for how in asked.rounding if asked.export])
+        tell(
+            f"{name}@{seed}",
+            run,
+            [exported(folder, data, how, asked.target_bytes) for how in asked.rounding if asked.export],
+        )
         scores.append(run.result.val_bpb)
         keep_curve(asked.out / "curves.jsonl", name, run)
     if len(scores) > 1:

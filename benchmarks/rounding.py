@@ -3,9 +3,10 @@
     python -m benchmarks.rounding MODEL.pt --data DATA [--formats 6:12.85 6:12.85:8:20 ...] [--tokens 262144]
         [--device auto]
 
-A format is BITS:CLIP, or BITS:CLIP:EMBEDDING_BITS:EMBEDDING_CLIP, clips in standard deviations or `max`. Each is packed
-as an artifact and scored from its bytes by plain windows; GPTQ learns from so many train tokens. `cost` is what it
-leaves of the cost of rounding to nearest, over all matrices; the seconds are those of finding the integers.
+A format is BITS:CLIP, or BITS:CLIP:EMBEDDING_BITS:EMBEDDING_CLIP, clips in standard deviations or `max`; or fit:BITS,
+an artifact filled to so many bits a parameter. Each is packed and scored from its bytes by plain windows; GPTQ learns
+from so many train tokens. `cost` is what it leaves of the cost of rounding to nearest, over all matrices; the seconds
+are those of finding the integers.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ from trainer.export import packed, rounded
 from trainer.model.gpt import GPT
 from trainer.model_file import load_model
 from trainer.parameters import parameter_count
+from trainer.sizing import code_bytes
 
-_FORMATS = ["6:12.85", "6:12.85:8:20", "5:6.43:8:20", "6:max", "4:max"]
+_FORMATS = ["6:12.85", "6:12.85:8:20", "5:6.43:8:20", "6:max", "4:max", "fit:3.5", "fit:3.0"]
 
 
-def export_config(text: str, tokens: int, rounding: str) -> ExportConfig:
+def export_config(text: str, tokens: int, rounding: str, parameters: int) -> ExportConfig:
     bits, clip, *own = text.split(":")
+    if bits == "fit":
+        target = round(float(clip) * parameters / 8) + code_bytes(["ans"])
+        return ExportConfig.model_validate(
+            {"target_bytes": target, "calibration_tokens": tokens, "rounding": rounding, "coders": ("ans",)}
+        )
     embedding_bits, embedding_clip = own or (None, "max")
     asked: dict[str, Any] = {
         "bits": bits,
@@ -76,9 +83,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for text in asked.formats:
         for rounding in ("nearest", "gptq"):
-            config = saved.config.model_copy(update={"export": export_config(text, asked.tokens, rounding)})
+            config = saved.config.model_copy(update={"export": export_config(text, asked.tokens, rounding, parameters)})
             began = time.monotonic()
-            integers, cost = rounded(config, saved.model, dataset, device)
+            integers, cost = rounded(config, saved, dataset, device)
             seconds = time.monotonic() - began
             data = packed(config, saved, integers)
             lost = bpb(unpack(data, text).model("cpu")) - exact

@@ -69,14 +69,17 @@ def export(
     data: DataDir,
     out: OutDir,
     rounding: Annotated[Rounding | None, typer.Option(help="Instead of the configuration's export.rounding.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where gptq computes.")] = "auto",
+    target_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the configuration's export.target_bytes.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where gptq and sensitivities are computed.")] = "auto",
 ) -> None:
     """Quantise a model into OUT/model.caddie and prove it on the written bytes."""
     with bad_input_is_one_line():
         from trainer.data.manifest import DataSet  # noqa: PLC0415
         from trainer.export import export as run  # noqa: PLC0415
 
-        result = run(model, DataSet.load(data), out, rounding=rounding, device=device)
+        result = run(model, DataSet.load(data), out, rounding=rounding, target_bytes=target_bytes, device=device)
         _write_result(out, result)
     say = Reporter().note
     say(f"Serialized model {result.scheme}: {result.weights_bytes} bytes")

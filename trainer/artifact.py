@@ -130,6 +130,8 @@ def pack(
     if found != shapes:
         odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
         raise InputError(f"the weights are not those of their config: {', '.join(odd)}")
+    if config.export.target_bytes is not None and rounded is None:
+        raise ValueError("steps that fill target_bytes follow from no weight alone: give `rounded`")
     integers = {
         name: (rounded or {}).get(name) or quantize(state[name].cpu(), *config.export.format_of(table[name].kind))
         for name in shapes
@@ -147,7 +149,7 @@ def pack(
         coder: Coder | None = None
         if name in integers:
             bits, numbers, (coder, stream) = (
-                config.export.format_of(table[name].kind).bits,
+                config.export.packed_bits(table[name].kind),
                 integers[name][1],
                 coded[name],
             )
@@ -188,6 +190,11 @@ def is_artifact(path: Path) -> bool:
 def read_artifact(path: Path) -> Artifact:
     """Read and check a file. Raises OSError or ArtifactError."""
     return unpack(path.read_bytes(), str(path))
+
+
+def manifest_of(data: bytes) -> ArtifactManifest:
+    """Of an artifact's bytes, which `pack` has just made. Raises ArtifactError."""
+    return _read_manifest(data)[0]
 
 
 def read_integers(path: Path) -> dict[str, NDArray[np.int8]]:
@@ -263,7 +270,7 @@ def _check_table(manifest: ArtifactManifest, config: TrainConfig) -> None:
     offset = half = 0
     for entry in manifest.tensors:
         parameter = table[entry.name]
-        bits = config.export.format_of(parameter.kind).bits if parameter.quantized else _HALF_BITS
+        bits = config.export.packed_bits(parameter.kind) if parameter.quantized else _HALF_BITS
         if (entry.bits, entry.offset, entry.half) != (bits, offset, half):
             raise ArtifactError(f"{entry.name} lies at {entry.offset}/{entry.half} instead of {offset}/{half}")
         if (entry.coder in config.export.coders) != parameter.quantized:

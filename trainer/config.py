@@ -117,6 +117,12 @@ CODER_MODULES: Mapping[Coder, tuple[str, ...]] = {
 """What decoding a coder's streams imports of this package, beside what decoding any artifact does."""
 
 
+FITTED_BITS = 8
+"""Of integers whose steps follow from `target_bytes`: as many as a byte holds."""
+FITTED_SLACK = 0.005
+"""The artifact is at most this share of `target_bytes` below them, unless its steps are as fine as there are."""
+
+
 class IntegerFormat(NamedTuple):
     """Symmetric integers with a scale for each row, clipped at so many standard deviations (None: nothing is)."""
 
@@ -148,6 +154,12 @@ class ExportConfig(Section):
     calibration_tokens: int = Field(
         default=262144, gt=0, description="Of the train shards, from which gptq learns the matrices' inputs."
     )
+    target_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="The artifact fills so many bytes, code included: instead of by bits and clips, each row of each "
+        "matrix has the step that the loss allows there, all with one factor.",
+    )
     coders: tuple[Coder, ...] = Field(
         default=("zlib", "ans"),
         min_length=1,
@@ -158,17 +170,23 @@ class ExportConfig(Section):
         default=0.01, gt=0, le=1, description="gptq: added to the inputs' covariance, as a share of its mean diagonal."
     )
 
+    def packed_bits(self, kind: Kind) -> int:
+        """The bits that an artifact's integers fit in, of a tensor that is quantised."""
+        return FITTED_BITS if self.target_bytes is not None else self.format_of(kind).bits
+
     def format_of(self, kind: Kind) -> IntegerFormat:
-        """Of a tensor that is quantised."""
+        """Of a tensor that is quantised, in training with fake quantisation and, without `target_bytes`, on export."""
         if kind in TABLE_KINDS and self.embedding_bits is not None:
             return IntegerFormat(self.embedding_bits, self.embedding_clip_sigma)
         return IntegerFormat(self.bits, self.clip_sigma)
 
     @property
     def scheme(self) -> str:
-        """What an artifact calls it, such as `int6+zlib+ans`, or `int6e8+gptq+ans` with embeddings of 8 bits."""
+        """What an artifact calls it, such as `int6+zlib+ans`, `int6e8+gptq+ans` with embeddings of 8 bits, or
+        `fit16000000+gptq+ans` with `target_bytes`."""
         tables = "" if self.embedding_bits is None else f"e{self.embedding_bits}"
-        return "+".join((f"int{self.bits}{tables}", *(["gptq"] if self.rounding == "gptq" else []), *self.coders))
+        steps = f"int{self.bits}{tables}" if self.target_bytes is None else f"fit{self.target_bytes}"
+        return "+".join((steps, *(["gptq"] if self.rounding == "gptq" else []), *self.coders))
 
     @model_validator(mode="after")
     def _coders_once(self) -> Self:

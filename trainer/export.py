@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer import sizing
-from trainer.artifact import Artifact, Integers, pack, unpack
+from trainer.artifact import Artifact, Integers, manifest_of, pack, unpack
 from trainer.calibration import calibration_windows, input_covariances
-from trainer.config import Rounding, TrainConfig
+from trainer.config import FITTED_BITS, Rounding, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device
 from trainer.durable import write_whole
@@ -19,9 +20,11 @@ from trainer.model.gpt import GPT
 from trainer.model_file import SavedModel, load_model
 from trainer.parameters import parameters
 from trainer.quantization.fake_quant import fake_quantize
-from trainer.quantization.gptq import gptq
-from trainer.quantization.rounding import dequantize, largest_value, row_scales
+from trainer.quantization.fitting import fitted
+from trainer.quantization.gptq import flatness, gptq
+from trainer.quantization.rounding import dequantize, largest_value, quantize, row_scales
 from trainer.report import RESULT_NAME, ExportResult
+from trainer.sensitivity import row_traces
 
 ARTIFACT_NAME = "model.caddie"
 # A scale in fp16 is off by at most 2^-11 of itself, or by half of the smallest subnormal.
@@ -34,23 +37,31 @@ class ExportError(InputError):
 
 
 def export(
-    model_path: Path, dataset: DataSet, out: Path, *, rounding: Rounding | None = None, device: str = "auto"
+    model_path: Path,
+    dataset: DataSet,
+    out: Path,
+    *,
+    rounding: Rounding | None = None,
+    target_bytes: int | None = None,
+    device: str = "auto",
 ) -> ExportResult:
     """Quantise `model_path` into `out/model.caddie`: the written bytes are read back and every tensor is proved
     before they take that name. An old `out/result.json` goes once the input is accepted.
 
-    `rounding` takes the place of the configuration's own. `device` is where GPTQ computes.
-    Raises OSError, or InputError (a bad model, other data than it was trained on, or an ExportError).
+    `rounding` and `target_bytes` take the place of the configuration's own. `device` is where GPTQ and sensitivities
+    are computed. Raises OSError, or InputError (a bad model, other data than it was trained on, bytes that cannot be
+    met, or an ExportError).
     """
     saved = load_model(model_path, "cpu")
     saved.require_data(dataset)
     config = saved.config
-    if rounding is not None:
-        config = config.model_copy(update={"export": config.export.model_copy(update={"rounding": rounding})})
+    asked = {"rounding": rounding, "target_bytes": target_bytes}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    config = config.model_copy(update={"export": config.export.model_copy(update=changes)})
     chosen = choose_device(device, asked_by="--device")
     (out / RESULT_NAME).unlink(missing_ok=True)
     state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
-    integers, cost = rounded(config, saved.model, dataset, chosen)
+    integers, cost = rounded(config, saved, dataset, chosen)
     data = packed(config, saved, integers)
     path = out / ARTIFACT_NAME
     proofs: list[tuple[Artifact, float]] = []
@@ -87,10 +98,13 @@ def packed(config: TrainConfig, saved: SavedModel, integers: Integers) -> bytes:
     )
 
 
-def rounded(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.device) -> tuple[Integers, float | None]:
-    """The integers that are not simply the nearest ones: GPTQ's, if it is asked for, of every matrix that tokens are
-    multiplied with; and what they cost all outputs together, over what the nearest would (None if that is nothing)."""
-    if config.export.rounding == "nearest":
+def rounded(
+    config: TrainConfig, saved: SavedModel, dataset: DataSet, device: torch.device
+) -> tuple[Integers, float | None]:
+    """The integers that are not simply the nearest ones of the configured format: GPTQ's, if it is asked for, of every
+    matrix that tokens are multiplied with; all of them where an artifact fills its bytes. And what GPTQ's cost all
+    outputs together, over what the nearest would (None if that is nothing)."""
+    if config.export.rounding == "nearest" and config.export.target_bytes is None:
         return {}, None
     windows = calibration_windows(
         dataset,
@@ -98,19 +112,67 @@ def rounded(config: TrainConfig, model: GPT, dataset: DataSet, device: torch.dev
         seq_len=config.batch.train_seq_len,
         vocab_size=config.model.vocab_size,
     )
-    covariances, table = input_covariances(model, windows, device), parameters(config.model)
+    covariances = {}
+    if config.export.rounding == "gptq":
+        covariances = input_covariances(saved.model, windows, device)
+    if config.export.target_bytes is None:
+        return _compensated(config, saved.model, covariances, device)
+    return _fitted(config, saved, windows, covariances, device)
+
+
+def _compensated(
+    config: TrainConfig,
+    model: GPT,
+    covariances: Mapping[str, Tensor],
+    device: torch.device,
+    scales: Mapping[str, Tensor] | None = None,
+) -> tuple[Integers, float | None]:
+    """GPTQ's integers of the matrices there are covariances of, with these steps or those of the format."""
+    table = parameters(config.model)
     integers: dict[str, tuple[Tensor, Tensor]] = {}
     cost = nearest_cost = 0.0
     for name, covariance in covariances.items():
+        bits, clip_sigma = config.export.format_of(table[name].kind)
         found = gptq(
-            model.get_parameter(name).to(device),
+            model.get_parameter(name).detach().to(device),
             covariance,
-            *config.export.format_of(table[name].kind),
+            bits if scales is None else FITTED_BITS,
+            clip_sigma,
             damping=config.export.damping,
+            scales=None if scales is None else scales[name],
         )
         integers[name] = (found.values.cpu(), found.scales.cpu())
         cost, nearest_cost = cost + found.cost, nearest_cost + found.nearest_cost
     return integers, cost / nearest_cost if nearest_cost else None
+
+
+def _fitted(
+    config: TrainConfig,
+    saved: SavedModel,
+    windows: Tensor,
+    covariances: Mapping[str, Tensor],
+    device: torch.device,
+) -> tuple[Integers, float | None]:
+    """Integers of every matrix, whose steps make the artifact fill its bytes (`trainer.quantization.fitting`)."""
+    target = config.export.target_bytes
+    if target is None:
+        raise ValueError("there are no target_bytes to fit to")
+    traces = row_traces(saved.model, windows, device)
+    weights = {name: saved.model.get_parameter(name).detach().to(device) for name in traces}
+    costs = {name: trace / weights[name].shape[1] for name, trace in traces.items()}
+    for name, covariance in covariances.items():
+        costs[name] = costs[name] * flatness(covariance, damping=config.export.damping)
+
+    def with_steps(scales: Mapping[str, Tensor]) -> tuple[tuple[Integers, float | None], int]:
+        compensated, cost = _compensated(config, saved.model, covariances, device, scales)
+        integers = dict(compensated)
+        for name in weights.keys() - compensated.keys():
+            values, steps = quantize(weights[name], FITTED_BITS, None, scales[name])
+            integers[name] = (values.cpu(), steps.cpu())
+        data = packed(config, saved, integers)
+        return (integers, cost), len(data) + sizing.code_bytes(manifest_of(data).coders)
+
+    return fitted(weights, costs, with_steps, target)
 
 
 def prove(artifact: Artifact, state: dict[str, Tensor], integers: Integers | None = None) -> float:

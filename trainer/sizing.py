@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.config import CODER_MODULES, Coder, ExportConfig, TrainConfig
+from trainer.config import CODER_MODULES, FITTED_BITS, FITTED_SLACK, Coder, ExportConfig, TrainConfig
 from trainer.memory import (
     USABLE_SHARE,
     chosen_micro_tokens,
@@ -166,8 +166,12 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     Without a calibration the interval is asymmetric: the longer the training, the heavier the rows' tails, the
     fewer bits. It is meant for trained weights; rows as they are initialised (uniform) may take more than its
     upper end, which is never above what uniform rows would take, but for 1 %.
+
+    With `export.target_bytes` it is these bytes, unless integers as fine as there are take fewer.
     """
     model, export = config.model, config.export
+    if export.target_bytes is not None:
+        return _filled(config, export.target_bytes, calibration)
     table = parameters(model)
     coders = _predicted_coders(export, table.values())
     sums: dict[str, tuple[int, float]] = {}
@@ -205,6 +209,29 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
         code_bytes=code,
         by_module=by_module,
         scheme=export.scheme,
+    )
+
+
+def _filled(config: TrainConfig, target: int, calibration: Calibration | None) -> SizeEstimate:
+    """Of an artifact that fills `target` bytes: what its finest steps would take, matrices scaled down to them."""
+    plain = {"bits": FITTED_BITS, "clip_sigma": None, "embedding_bits": None, "embedding_clip_sigma": None}
+    export = config.export.model_copy(update={**plain, "target_bytes": None})
+    finest = predict_artifact(config.model_copy(update={"export": export}), calibration)
+    beside = {"scales and vectors", "manifest"}
+    fixed = finest.code_bytes + sum(size for module, _, size in finest.by_module if module in beside)
+    share = min(1.0, max(0.0, (target - fixed) / (finest.artifact_bytes - fixed)))
+    by_module = tuple(
+        (module, params, size if module in beside else math.floor(share * size))
+        for module, params, size in finest.by_module
+    )
+    total = finest.code_bytes + sum(size for _, _, size in by_module)
+    return replace(
+        finest,
+        artifact_bytes=total,
+        low_bytes=min(finest.low_bytes, math.floor((1 - FITTED_SLACK) * total)),
+        high_bytes=min(finest.high_bytes, max(target, fixed)),
+        by_module=by_module,
+        scheme=config.export.scheme,
     )
 
 

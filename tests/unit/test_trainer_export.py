@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from trainer.__main__ import app
 from trainer.artifact import ArtifactError, pack, read_artifact, unpack
 from trainer.calibration import calibration_windows, input_covariances
-from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, TrainConfig
+from trainer.config import BatchConfig, ExportConfig, LimitsConfig, ModelConfig, Rounding, TrainConfig
 from trainer.data.documents import Document, write_documents
 from trainer.data.manifest import DataSet
 from trainer.data.prepare import prepare
@@ -153,6 +153,47 @@ def test_a_failed_proof_leaves_no_artifact_and_an_earlier_one_alone(
     with pytest.raises(ArtifactError, match="payload"):
         export(tmp_path / "model.pt", dataset, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == ({"model.caddie": earlier} if earlier else {})
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_an_artifact_fills_its_bytes(dataset: DataSet, tmp_path: Path, rounding: Rounding) -> None:
+    model, config = _model(value_embedding={"layers": (0,), "dim": 5}, bigram_embedding={"rows": 90, "dim": 6})
+    _save(tmp_path / "model.pt", dataset, model, config)
+    target = code_bytes() + 9000
+    result = export(
+        tmp_path / "model.pt", dataset, tmp_path / "out", rounding=rounding, target_bytes=target, device="cpu"
+    )
+    assert 0.995 * target <= result.artifact_bytes <= target
+    artifact = read_artifact(tmp_path / "out" / "model.caddie")
+    assert artifact.config.export.target_bytes == target
+    assert (
+        result.scheme
+        == artifact.manifest.scheme
+        == config.export.model_copy(update={"target_bytes": target, "rounding": rounding}).scheme
+    )
+    assert (result.rounding_cost is None) == (rounding == "nearest")
+    # Tokens that never come have the largest steps there are, and what is multiplied often finer ones.
+    scales = {
+        name: (artifact.state[name] - model.get_parameter(name)).abs().amax(dim=1) for name in ("bigram_emb.weight",)
+    }
+    assert scales["bigram_emb.weight"].max() > 3 * scales["bigram_emb.weight"].min()
+    windows = torch.from_numpy(open_shard(dataset.val_shards[0])[: 8 * 16].astype("int64")).view(8, 16)
+    before, after = (each.token_losses(windows, windows).detach().mean() for each in (model, artifact.model("cpu")))
+    assert float(after) == pytest.approx(float(before), abs=0.05)
+
+
+def test_a_model_whose_finest_steps_take_fewer_bytes_leaves_the_rest(dataset: DataSet, tmp_path: Path) -> None:
+    _save(tmp_path / "model.pt", dataset, *_model())
+    result = export(tmp_path / "model.pt", dataset, tmp_path / "out", target_bytes=10**7, device="cpu")
+    assert result.artifact_bytes < 0.1 * 10**7
+    assert result.max_abs_error < 0.01
+
+
+def test_bytes_that_cannot_be_met_are_told(dataset: DataSet, tmp_path: Path) -> None:
+    _save(tmp_path / "model.pt", dataset, *_model())
+    with pytest.raises(InputError, match=r"target_bytes 9000 cannot be met: code, scales and vectors alone take \d+"):
+        export(tmp_path / "model.pt", dataset, tmp_path / "out", target_bytes=9000, device="cpu")
+    assert not (tmp_path / "out" / "model.caddie").exists()
 
 
 def test_gptq_writes_its_integers_where_tokens_are_multiplied_and_the_nearest_elsewhere(

@@ -81,6 +81,19 @@ def test_embeddings_may_have_bits_of_their_own() -> None:
     )
 
 
+def test_an_artifact_that_fills_its_bytes_is_predicted_to() -> None:
+    filled = predict_artifact(_config(ModelConfig(), ExportConfig(target_bytes=9_000_000)))
+    assert filled.scheme == "fit9000000+zlib+ans"
+    assert 9_000_000 - 10 < filled.artifact_bytes <= filled.high_bytes == 9_000_000
+    assert filled.low_bytes == pytest.approx(0.995 * 9_000_000, abs=20)
+    assert sum(size for _, _, size in filled.by_module) + filled.code_bytes == filled.artifact_bytes
+    finest = predict_artifact(_config(ModelConfig(), ExportConfig(bits=8)))
+    roomy = predict_artifact(_config(ModelConfig(), ExportConfig(target_bytes=10**9)))
+    assert (roomy.artifact_bytes, roomy.high_bytes) == (finest.artifact_bytes, finest.high_bytes)
+    tight = predict_artifact(_config(ModelConfig(), ExportConfig(target_bytes=1000)))
+    assert tight.artifact_bytes > 1000  # code, scales and vectors are there all the same
+
+
 def test_bytes_follow_bits_and_clipping() -> None:
     sizes = [predict_artifact(_config(SMALL, ExportConfig(bits=bits))).artifact_bytes for bits in (4, 5, 6, 7, 8)]
     assert sizes == sorted(set(sizes))

@@ -30,7 +30,7 @@ from trainer.model.attention_backends import Backend, attention_of, document_ids
 from trainer.model.bigrams import bigram_rows
 from trainer.model.blocks import Block, BlockWeights
 from trainer.model.eager import linear
-from trainer.model.head import PLAIN, LossTerms
+from trainer.model.head import PLAIN, LossTerms, capped_logits
 from trainer.model.input_statistics import InputCovariance, MakeInputStatistics, WholeInputCovariance
 from trainer.model.norm import rms_norm
 from trainer.model.regions import Regions
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trainer.model.adapters import Adapters, LowRank
 
 _TABLE_POSITIONS = 2048
+_DRAWN_ROWS = 2048
 
 
 class GPT(nn.Module):
@@ -303,6 +304,18 @@ class GPT(nn.Module):
             x = x.view(*inputs.shape, -1)[:, -scored:].flatten(0, 1)
             targets = targets[:, -scored:]
         return self.regions.row_losses(x, head, targets.flatten(), self.config.logit_softcap).view_as(targets)
+
+    @torch.no_grad()
+    def drawn_targets(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """(batch, time) int64 -> a next token for each position, drawn from what the model itself predicts."""
+        x, head = self._hidden(inputs)
+        drawn = [
+            torch.multinomial(
+                capped_logits(rows, head, self.config.logit_softcap).softmax(dim=1), 1, generator=generator
+            )
+            for rows in torch.split(x, _DRAWN_ROWS)
+        ]
+        return torch.cat(drawn).view_as(inputs)
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, a 0-d float32 tensor."""

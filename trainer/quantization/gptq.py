@@ -34,20 +34,29 @@ class Rounded(NamedTuple):
     nearest_cost: float
 
 
-def gptq(weight: Tensor, covariance: Tensor, bits: int, clip_sigma: float | None, *, damping: float) -> Rounded:
-    """`weight` (rows, columns) and E[x x^T] (columns, columns) of its inputs -> its integers.
+def gptq(
+    weight: Tensor,
+    covariance: Tensor,
+    bits: int,
+    clip_sigma: float | None,
+    *,
+    damping: float,
+    scales: Tensor | None = None,
+) -> Rounded:
+    """`weight` (rows, columns) and E[x x^T] (columns, columns) of its inputs -> its integers. `scales` (rows,) fp16
+    take the place of those that `clip_sigma` gives.
 
     `damping` times the mean of the diagonal is added to it, ten times as much where that does not make it positive
     definite. Computes where `weight` lies; a covariance of zeros is rounding to nearest. Raises ValueError for shapes
     that do not go together or a covariance that is not one, InputError for weights that are not finite.
     """
-    nearest, halves = quantize(weight, bits, clip_sigma)
+    nearest, halves = quantize(weight, bits, clip_sigma, scales)
     columns = weight.shape[1]
     if tuple(covariance.shape) != (columns, columns):
         raise ValueError(f"a weight with {columns} columns has no covariance of shape {tuple(covariance.shape)}")
     if not bool(torch.isfinite(covariance).all()):
         raise ValueError("the covariance of the inputs is not finite")
-    weight, scales = weight.detach().float(), halves.float().unsqueeze(1)
+    weight, steps = weight.detach().float(), halves.float().unsqueeze(1)
     exact = covariance.double()
     mean = exact.diagonal().mean()
     if not bool(mean > 0):
@@ -55,8 +64,8 @@ def gptq(weight: Tensor, covariance: Tensor, bits: int, clip_sigma: float | None
     order = exact.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_root(exact[order][:, order], damping * mean)
     values = torch.empty_like(nearest)
-    values[:, order] = _rounded(weight[:, order], scales, upper, bits)
-    costs, nearest_costs = (_costs(weight - found.float() * scales, exact) for found in (values, nearest))
+    values[:, order] = _rounded(weight[:, order], steps, upper, bits)
+    costs, nearest_costs = (_costs(weight - found.float() * steps, exact) for found in (values, nearest))
     better = costs < nearest_costs
     return Rounded(
         values=torch.where(better.unsqueeze(1), values, nearest),
@@ -64,6 +73,20 @@ def gptq(weight: Tensor, covariance: Tensor, bits: int, clip_sigma: float | None
         cost=float(torch.minimum(costs, nearest_costs).sum()),
         nearest_cost=float(nearest_costs.sum()),
     )
+
+
+def flatness(covariance: Tensor, *, damping: float) -> float:
+    """Geometric over arithmetic mean of the eigenvalues of E[x x^T], damped as `gptq` damps it: at most 1.
+
+    GPTQ leaves of the cost of rounding to nearest about this share, where steps are small: its errors weigh as much as
+    the pivots of a Cholesky factorisation, whose product is the determinant in any order. 1 for zeros.
+    """
+    exact = covariance.double()
+    mean = exact.diagonal().mean()
+    if not bool(mean > 0):
+        return 1.0
+    upper = _inverse_root(exact, damping * mean).double()
+    return float(torch.exp(-2 * upper.diagonal().log().mean()) / mean)
 
 
 def _inverse_root(covariance: Tensor, ridge: Tensor) -> Tensor:

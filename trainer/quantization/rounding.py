@@ -57,8 +57,10 @@ def round_rows(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (weight / scales).round().clamp(-limit, limit)
 
 
-def quantize(weight: Tensor, bits: int, clip_sigma: float | None) -> tuple[Tensor, Tensor]:
-    """`(rows, columns)` to int8 values `(rows, columns)` and fp16 scales `(rows,)`.
+def quantize(
+    weight: Tensor, bits: int, clip_sigma: float | None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(rows, columns)` to int8 values `(rows, columns)` and fp16 scales `(rows,)`: `scales`, where they are given.
 
     Raises ValueError for anything but a matrix, InputError for one that is not finite.
     """
@@ -69,8 +71,8 @@ def quantize(weight: Tensor, bits: int, clip_sigma: float | None) -> tuple[Tenso
         raise InputError(
             "a weight that is not finite cannot be quantised; the run diverged, take an earlier checkpoint"
         )
-    scales = row_scales(weight, bits, clip_sigma)
-    return round_rows(weight, scales, bits).to(torch.int8), scales.squeeze(1).to(torch.float16)
+    steps = row_scales(weight, bits, clip_sigma) if scales is None else scales.to(torch.float32).unsqueeze(1)
+    return round_rows(weight, steps, bits).to(torch.int8), steps.squeeze(1).to(torch.float16)
 
 
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
