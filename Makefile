@@ -35,12 +35,16 @@ up: $(VENV)/installed
 test: $(VENV)/triton
 	$(BIN)/python -m pytest
 
+# FAST_TESTS=no leaves the tests to a `make test` that follows.
+FAST_TESTS ?= yes
 check: $(VENV)/triton
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+ifneq ($(FAST_TESTS),no)
 	$(BIN)/python -m pytest -m "not e2e"
+endif
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
