@@ -3,7 +3,7 @@
     python -m benchmarks.coding MODEL.pt|MODEL.caddie [--coders zlib ans brotli zstd lzma]
     python -m benchmarks.coding --normal SHAPE.json
 
-The integers of an artifact, or the nearest ones of a model by its own export settings; or with --normal, of normal
+The integers of an artifact, or the nearest ones of a model in its own bits and clips; or with --normal, of normal
 rows in the shapes of a configuration, where there are no trained weights. `entropy` is the order-0 entropy of each
 matrix by itself, which no coder with one table a matrix can go below.
 """
@@ -23,7 +23,8 @@ from trainer.artifact import is_artifact, read_integers
 from trainer.config import Coder, TrainConfig
 from trainer.model_file import load_model
 from trainer.parameters import parameter_shapes, parameters
-from trainer.quantization.coders import Values, decode_with, encode_with
+from trainer.quantization.coders import decode_with, encode_with
+from trainer.quantization.coding import Values
 from trainer.quantization.rounding import quantize
 
 

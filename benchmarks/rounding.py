@@ -6,7 +6,7 @@
 A format is BITS:CLIP, or BITS:CLIP:EMBEDDING_BITS:EMBEDDING_CLIP, clips in standard deviations or `max`; or fit:BITS,
 an artifact filled to so many bits a parameter. Each is packed and scored from its bytes by plain windows; GPTQ learns
 from so many train tokens. `cost` is what it leaves of the cost of rounding to nearest, over all matrices; the seconds
-are those of finding the integers.
+are those of finding and coding the integers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.devices import choose_device
 from trainer.evaluation import ValidationStream, score
 from trainer.evaluation_attention import use_best_backend
 from trainer.evaluation_windows import plain
-from trainer.export import packed, rounded
+from trainer.export import packed
 from trainer.model.gpt import GPT
 from trainer.model_file import load_model
 from trainer.parameters import parameter_count
@@ -85,9 +85,8 @@ def main() -> None:
         for rounding in ("nearest", "gptq"):
             config = saved.config.model_copy(update={"export": export_config(text, asked.tokens, rounding, parameters)})
             began = time.monotonic()
-            integers, cost = rounded(config, saved, dataset, device)
+            data, _, cost = packed(config, saved, dataset, device)
             seconds = time.monotonic() - began
-            data = packed(config, saved, integers)
             lost = bpb(unpack(data, text).model("cpu")) - exact
             bits = 8 * len(data) / parameters
             print(

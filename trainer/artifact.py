@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from trainer.errors import InputError
 from trainer.model.gpt import GPT
 from trainer.parameters import parameter_count, parameter_shapes, parameters
 from trainer.quantization.coders import decode_with
-from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
+from trainer.quantization.coding import CodingError, Values, decode, decode_halves, encode, encode_halves
 from trainer.quantization.rounding import dequantize, largest_value, quantize
 
 Integers = Mapping[str, tuple[Tensor, Tensor]]
@@ -197,24 +196,31 @@ def manifest_of(data: bytes) -> ArtifactManifest:
     return _read_manifest(data)[0]
 
 
-def read_integers(path: Path) -> dict[str, NDArray[np.int8]]:
+def read_integers(path: Path) -> dict[str, Values]:
     """The integers of each matrix, (rows, columns), of a file checked as by `read_artifact`. Raises OSError or
     ArtifactError."""
-    data = path.read_bytes()
-    entries = unpack(data, str(path)).manifest.tensors
-    _, begin = _read_manifest(data)
-    return {entry.name: _integers(entry, memoryview(data)[begin:]) for entry in entries if entry.coder is not None}
+    with _named(str(path)):
+        manifest, _, payload = _checked(path.read_bytes())
+        return {entry.name: _integers(entry, payload) for entry in manifest.tensors if entry.coder is not None}
 
 
 def unpack(data: bytes, name: str) -> Artifact:
     """Read and check an artifact's bytes; `name` is what errors call it. Raises ArtifactError."""
-    try:
+    with _named(name):
         return _unpack(data)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What is wrong within, said of the file `name` with the remedy."""
+    try:
+        yield
     except (CodingError, ArtifactError) as error:
         raise ArtifactError(f"{name}: {error}; export the model again") from error
 
 
-def _unpack(data: bytes) -> Artifact:
+def _checked(data: bytes) -> tuple[ArtifactManifest, TrainConfig, memoryview]:
+    """Manifest, config and payload, of which lengths and hashes are right."""
     manifest, begin = _read_manifest(data)
     payload = memoryview(data)[begin:]
     if len(payload) != manifest.payload_bytes:
@@ -226,7 +232,11 @@ def _unpack(data: bytes) -> Artifact:
     except ValidationError as error:
         raise ArtifactError(f"the config is not valid: {error}") from error
     _check_table(manifest, config)
+    return manifest, config, payload
 
+
+def _unpack(data: bytes) -> Artifact:
+    manifest, config, payload = _checked(data)
     end = manifest.halves_offset + manifest.halves_length
     raw = decode_halves(bytes(payload[manifest.halves_offset : end]), manifest.halves)
     halves = torch.frombuffer(bytearray(raw), dtype=torch.float16)
@@ -290,7 +300,7 @@ def _tensor(entry: TensorEntry, payload: memoryview, halves: Tensor) -> Tensor:
     return dequantize(torch.from_numpy(_integers(entry, payload)), numbers)
 
 
-def _integers(entry: TensorEntry, payload: memoryview) -> NDArray[np.int8]:
+def _integers(entry: TensorEntry, payload: memoryview) -> Values:
     """(rows, columns), an array of its own."""
     if entry.coder is None or len(entry.shape) != 2:
         raise ArtifactError(f"{entry.name} is no matrix of integers")

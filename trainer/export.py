@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,18 @@ from torch import Tensor
 from trainer import sizing
 from trainer.artifact import Artifact, Integers, manifest_of, pack, unpack
 from trainer.calibration import calibration_windows, input_covariances
-from trainer.config import FITTED_BITS, Rounding, TrainConfig
+from trainer.config import Rounding, TrainConfig
 from trainer.data.manifest import DataSet
 from trainer.devices import choose_device
 from trainer.durable import write_whole
 from trainer.errors import InputError
+from trainer.export_config import FITTED_BITS
 from trainer.model.gpt import GPT
 from trainer.model_file import SavedModel, load_model
 from trainer.parameters import parameters
 from trainer.quantization.fake_quant import fake_quantize
-from trainer.quantization.fitting import fitted
-from trainer.quantization.gptq import flatness, gptq
+from trainer.quantization.fitting import Scales, fitted
+from trainer.quantization.gptq import Inputs, gptq, inputs_with
 from trainer.quantization.rounding import dequantize, largest_value, quantize, row_scales
 from trainer.report import RESULT_NAME, ExportResult
 from trainer.sensitivity import row_traces
@@ -61,8 +63,7 @@ def export(
     chosen = choose_device(device, asked_by="--device")
     (out / RESULT_NAME).unlink(missing_ok=True)
     state = {name: tensor.detach() for name, tensor in saved.model.state_dict().items()}
-    integers, cost = rounded(config, saved, dataset, chosen)
-    data = packed(config, saved, integers)
+    data, integers, cost = packed(config, saved, dataset, chosen)
     path = out / ARTIFACT_NAME
     proofs: list[tuple[Artifact, float]] = []
 
@@ -87,92 +88,89 @@ def export(
     )
 
 
-def packed(config: TrainConfig, saved: SavedModel, integers: Integers) -> bytes:
-    """The artifact of the saved weights by the export settings of `config`, and with these integers."""
-    return pack(
+class Packed(NamedTuple):
+    """The artifact of a model, before it is a file."""
+
+    data: bytes
+    integers: Integers
+    """Those that are not simply the nearest ones of the configured format."""
+    cost: float | None
+    """What GPTQ's cost all outputs together, over what the nearest would; None if that is nothing."""
+
+    @property
+    def artifact_bytes(self) -> int:
+        """With the code that decodes it."""
+        return len(self.data) + sizing.code_bytes(manifest_of(self.data).coders)
+
+
+def packed(config: TrainConfig, saved: SavedModel, dataset: DataSet, device: torch.device) -> Packed:
+    """The artifact of the saved weights by the export settings of `config`.
+
+    Integers are GPTQ's, if it is asked for, in every matrix that tokens are multiplied with, and the nearest ones in
+    the others; steps are the format's, or those with which it fills its bytes (`trainer.quantization.fitting`).
+    Raises OSError or InputError.
+    """
+    export = config.export
+    if export.rounding == "nearest" and export.target_bytes is None:
+        return _packed(config, saved, {}, None)
+    windows = calibration_windows(
+        dataset,
+        tokens=export.calibration_tokens,
+        seq_len=config.batch.train_seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+    covariances = input_covariances(saved.model, windows, device) if export.rounding == "gptq" else {}
+    inputs = {name: inputs_with(found, damping=export.damping) for name, found in covariances.items()}
+    if export.target_bytes is None:
+        return _packed(config, saved, *_compensated(config, saved.model, inputs, device))
+
+    traces = row_traces(saved.model, windows, device)
+    weights = {name: saved.model.get_parameter(name).detach().to(device) for name in traces}
+    shares = {name: known.flatness for name, known in inputs.items()}
+    costs = {name: trace * shares.get(name, 1.0) / weights[name].shape[1] for name, trace in traces.items()}
+
+    def with_steps(scales: Scales) -> tuple[Packed, int]:
+        integers, cost = _compensated(config, saved.model, inputs, device, scales)
+        for name in weights.keys() - integers.keys():
+            values, steps = quantize(weights[name], FITTED_BITS, None, scales[name])
+            integers[name] = (values.cpu(), steps.cpu())
+        found = _packed(config, saved, integers, cost)
+        return found, found.artifact_bytes
+
+    return fitted(weights, costs, with_steps, export.target_bytes)
+
+
+def _compensated(
+    config: TrainConfig,
+    model: GPT,
+    inputs: Mapping[str, Inputs],
+    device: torch.device,
+    scales: Scales | None = None,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float | None]:
+    """GPTQ's integers of the matrices there are inputs of, with these steps or those of the format; and their cost."""
+    table = parameters(config.model)
+    integers: dict[str, tuple[Tensor, Tensor]] = {}
+    cost = nearest_cost = 0.0
+    for name, known in inputs.items():
+        weight = model.get_parameter(name).detach().to(device)
+        if scales is None:
+            found = gptq(weight, known, *config.export.format_of(table[name].kind))
+        else:
+            found = gptq(weight, known, FITTED_BITS, None, scales[name])
+        integers[name] = (found.values.cpu(), found.scales.cpu())
+        cost, nearest_cost = cost + found.cost, nearest_cost + found.nearest_cost
+    return integers, cost / nearest_cost if nearest_cost else None
+
+
+def _packed(config: TrainConfig, saved: SavedModel, integers: Integers, cost: float | None) -> Packed:
+    data = pack(
         config,
         saved.model.state_dict(),
         tokenizer_sha256=saved.tokenizer_sha256,
         recurrence_active=saved.model.recurrence_active,
         rounded=integers,
     )
-
-
-def rounded(
-    config: TrainConfig, saved: SavedModel, dataset: DataSet, device: torch.device
-) -> tuple[Integers, float | None]:
-    """The integers that are not simply the nearest ones of the configured format: GPTQ's, if it is asked for, of every
-    matrix that tokens are multiplied with; all of them where an artifact fills its bytes. And what GPTQ's cost all
-    outputs together, over what the nearest would (None if that is nothing)."""
-    if config.export.rounding == "nearest" and config.export.target_bytes is None:
-        return {}, None
-    windows = calibration_windows(
-        dataset,
-        tokens=config.export.calibration_tokens,
-        seq_len=config.batch.train_seq_len,
-        vocab_size=config.model.vocab_size,
-    )
-    covariances = {}
-    if config.export.rounding == "gptq":
-        covariances = input_covariances(saved.model, windows, device)
-    if config.export.target_bytes is None:
-        return _compensated(config, saved.model, covariances, device)
-    return _fitted(config, saved, windows, covariances, device)
-
-
-def _compensated(
-    config: TrainConfig,
-    model: GPT,
-    covariances: Mapping[str, Tensor],
-    device: torch.device,
-    scales: Mapping[str, Tensor] | None = None,
-) -> tuple[Integers, float | None]:
-    """GPTQ's integers of the matrices there are covariances of, with these steps or those of the format."""
-    table = parameters(config.model)
-    integers: dict[str, tuple[Tensor, Tensor]] = {}
-    cost = nearest_cost = 0.0
-    for name, covariance in covariances.items():
-        bits, clip_sigma = config.export.format_of(table[name].kind)
-        found = gptq(
-            model.get_parameter(name).detach().to(device),
-            covariance,
-            bits if scales is None else FITTED_BITS,
-            clip_sigma,
-            damping=config.export.damping,
-            scales=None if scales is None else scales[name],
-        )
-        integers[name] = (found.values.cpu(), found.scales.cpu())
-        cost, nearest_cost = cost + found.cost, nearest_cost + found.nearest_cost
-    return integers, cost / nearest_cost if nearest_cost else None
-
-
-def _fitted(
-    config: TrainConfig,
-    saved: SavedModel,
-    windows: Tensor,
-    covariances: Mapping[str, Tensor],
-    device: torch.device,
-) -> tuple[Integers, float | None]:
-    """Integers of every matrix, whose steps make the artifact fill its bytes (`trainer.quantization.fitting`)."""
-    target = config.export.target_bytes
-    if target is None:
-        raise ValueError("there are no target_bytes to fit to")
-    traces = row_traces(saved.model, windows, device)
-    weights = {name: saved.model.get_parameter(name).detach().to(device) for name in traces}
-    costs = {name: trace / weights[name].shape[1] for name, trace in traces.items()}
-    for name, covariance in covariances.items():
-        costs[name] = costs[name] * flatness(covariance, damping=config.export.damping)
-
-    def with_steps(scales: Mapping[str, Tensor]) -> tuple[tuple[Integers, float | None], int]:
-        compensated, cost = _compensated(config, saved.model, covariances, device, scales)
-        integers = dict(compensated)
-        for name in weights.keys() - compensated.keys():
-            values, steps = quantize(weights[name], FITTED_BITS, None, scales[name])
-            integers[name] = (values.cpu(), steps.cpu())
-        data = packed(config, saved, integers)
-        return (integers, cost), len(data) + sizing.code_bytes(manifest_of(data).coders)
-
-    return fitted(weights, costs, with_steps, target)
+    return Packed(data=data, integers=integers, cost=cost)
 
 
 def prove(artifact: Artifact, state: dict[str, Tensor], integers: Integers | None = None) -> float:

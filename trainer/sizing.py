@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.config import CODER_MODULES, FITTED_BITS, FITTED_SLACK, Coder, ExportConfig, TrainConfig
+from trainer.config import Coder, ExportConfig, TrainConfig
+from trainer.export_config import CODER_MODULES, FITTED_BITS, FITTED_SLACK
 from trainer.memory import (
     USABLE_SHARE,
     chosen_micro_tokens,
@@ -25,6 +26,7 @@ __all__ = [
     "USABLE_SHARE",
     "Calibration",
     "SizeEstimate",
+    "cheapest_coders",
     "chosen_micro_tokens",
     "code_bytes",
     "coder_bytes",
@@ -51,6 +53,7 @@ INFERENCE_MODULES = (
     "trainer.evaluation",
     "trainer.evaluation_boundaries",
     "trainer.evaluation_windows",
+    "trainer.export_config",
     "trainer.model",
     "trainer.model.attention",
     "trainer.model.attention_backends",
@@ -151,6 +154,16 @@ def coder_bytes(coders: Iterable[Coder]) -> int:
     return sum(_source_of(module).stat().st_size for module in modules)
 
 
+def cheapest_coders(sizes: Sequence[Mapping[Coder, float]]) -> tuple[Coder, ...]:
+    """Of `sizes`, each matrix's bytes by coder, all with the same coders: the choice of coders with which the shortest
+    streams and the coders' own code together are fewest. Raises OSError."""
+    coders = tuple(sizes[0])
+    choices = [chosen for count in range(1, len(coders) + 1) for chosen in combinations(coders, count)]
+    return min(
+        choices, key=lambda chosen: coder_bytes(chosen) + sum(min(size[coder] for coder in chosen) for size in sizes)
+    )
+
+
 def inference_files() -> Iterator[Path]:
     return map(_source_of, INFERENCE_MODULES)
 
@@ -173,7 +186,12 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
     if export.target_bytes is not None:
         return _filled(config, export.target_bytes, calibration)
     table = parameters(model)
-    coders = _predicted_coders(export, table.values())
+    sizes = {
+        name: {coder: _stream_bytes(export, parameter, coder) for coder in export.coders}
+        for name, parameter in table.items()
+        if parameter.quantized
+    }
+    coders = cheapest_coders(list(sizes.values()))
     sums: dict[str, tuple[int, float]] = {}
     halves = 0
     highest = 0.0
@@ -184,8 +202,7 @@ def predict_artifact(config: TrainConfig, calibration: Calibration | None = None
         halves += parameter.shape[0]
         module = _module(name, parameter.kind)
         params, total = sums.get(module, (0, 0.0))
-        size = min(_stream_bytes(export, parameter, coder) for coder in coders)
-        sums[module] = (params + parameter.count, total + size)
+        sums[module] = (params + parameter.count, total + min(sizes[name][coder] for coder in coders))
         bits = export.format_of(parameter.kind).bits
         highest += parameter.count * (math.log2(2**bits - 1) + _UNIFORM_MARGIN_BITS) / 8
     vectors = parameter_count(model) - sum(params for params, _ in sums.values())
@@ -243,18 +260,6 @@ def _module(name: str, kind: Kind) -> str:
     if kind in TABLE_KINDS:
         return kind
     return "attention" if ".attn." in name else "mlp"
-
-
-def _predicted_coders(export: ExportConfig, table: Iterable[Parameter]) -> tuple[Coder, ...]:
-    """Those of the configuration's that would make the artifact smallest, with their code."""
-    quantized = [parameter for parameter in table if parameter.quantized]
-
-    def total(coders: tuple[Coder, ...]) -> float:
-        sizes = (min(_stream_bytes(export, parameter, coder) for coder in coders) for parameter in quantized)
-        return coder_bytes(coders) + sum(sizes)
-
-    choices = [chosen for count in range(1, len(export.coders) + 1) for chosen in combinations(export.coders, count)]
-    return min(choices, key=total)
 
 
 def _stream_bytes(export: ExportConfig, parameter: Parameter, coder: Coder) -> float:

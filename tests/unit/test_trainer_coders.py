@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trainer import sizing
-from trainer.config import CODER_MODULES, Coder, ExportConfig
+from trainer.export_config import CODER_MODULES, Coder, ExportConfig
 from trainer.quantization.ans import decode_ans, encode_ans
 from trainer.quantization.choosing import encode_all
-from trainer.quantization.coders import Values, decode_with, encode_with
-from trainer.quantization.coding import CodingError
+from trainer.quantization.coders import decode_with, encode_with
+from trainer.quantization.coding import CodingError, Values
 
 CODERS: tuple[Coder, ...] = get_args(Coder)
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.errors import InputError
-from trainer.quantization.gptq import gptq
+from trainer.quantization.gptq import gptq, inputs_with
 from trainer.quantization.rounding import largest_value, quantize
 
 
@@ -52,7 +52,7 @@ def by_hand(weight: Tensor, covariance: Tensor, bits: int, clip: float | None, d
 @pytest.mark.parametrize(("bits", "clip"), [(4, None), (6, 12.85), (4, 2.5)])
 def test_it_is_the_slow_one(rows: int, columns: int, bits: int, clip: float | None) -> None:
     weight, covariance = weights_of(rows, columns, 1), inputs_of(columns, 4 * columns, 2)
-    found = gptq(weight, covariance, bits=bits, clip_sigma=clip, damping=0.01)
+    found = gptq(weight, inputs_with(covariance, damping=0.01), bits, clip)
     slow = by_hand(weight, covariance, bits, clip, 0.01)
     nearest, scales = quantize(weight, bits, clip)
     assert torch.equal(found.scales, scales)
@@ -67,14 +67,14 @@ def test_it_is_the_slow_one(rows: int, columns: int, bits: int, clip: float | No
 
 def test_inputs_in_common_are_worth_most_of_the_cost() -> None:
     weight, covariance = weights_of(64, 256, 3), inputs_of(256, 2048, 4)
-    found = gptq(weight, covariance, bits=4, clip_sigma=None, damping=0.01)
+    found = gptq(weight, inputs_with(covariance, damping=0.01), 4, None)
     assert found.cost < 0.5 * found.nearest_cost
 
 
 def test_unrelated_inputs_leave_rounding_to_nearest() -> None:
     weight = weights_of(8, 140, 5)
     sizes = torch.rand(140, generator=torch.Generator().manual_seed(6)) + 0.1
-    found = gptq(weight, torch.diag(sizes), bits=5, clip_sigma=None, damping=0.01)
+    found = gptq(weight, inputs_with(torch.diag(sizes), damping=0.01), 5, None)
     assert torch.equal(found.values, quantize(weight, 5, None)[0])
     assert found.cost == found.nearest_cost > 0
 
@@ -96,7 +96,7 @@ def test_no_row_costs_more_than_to_nearest_and_no_integer_leaves_its_range(
     weight, covariance = weights_of(rows, columns, seed), inputs_of(columns, seen, seed)
     if dead:
         covariance[0], covariance[:, 0] = 0.0, 0.0
-    found = gptq(weight, covariance, bits=bits, clip_sigma=clip, damping=0.01)
+    found = gptq(weight, inputs_with(covariance, damping=0.01), bits, clip)
     nearest, scales = quantize(weight, bits, clip)
     own, theirs = (cost(weight, values, scales, covariance) for values in (found.values, nearest))
     assert bool((own <= theirs * (1 + 1e-5) + 1e-12).all())
@@ -106,7 +106,7 @@ def test_no_row_costs_more_than_to_nearest_and_no_integer_leaves_its_range(
 
 def test_of_inputs_that_are_always_zero_nothing_is_learnt() -> None:
     weight = weights_of(3, 4, 7)
-    found = gptq(weight, torch.zeros(4, 4), bits=6, clip_sigma=None, damping=0.01)
+    found = gptq(weight, inputs_with(torch.zeros(4, 4), damping=0.01), 6, None)
     assert torch.equal(found.values, quantize(weight, 6, None)[0])
     assert (found.cost, found.nearest_cost) == (0.0, 0.0)
 
@@ -114,7 +114,7 @@ def test_of_inputs_that_are_always_zero_nothing_is_learnt() -> None:
 def test_the_weights_are_left_as_they_were() -> None:
     weight, covariance = weights_of(4, 150, 8), inputs_of(150, 300, 9)
     before = weight.clone(), covariance.clone()
-    gptq(weight, covariance, bits=4, clip_sigma=None, damping=0.01)
+    gptq(weight, inputs_with(covariance, damping=0.01), 4, None)
     assert torch.equal(weight, before[0])
     assert torch.equal(covariance, before[1])
 
@@ -122,10 +122,10 @@ def test_the_weights_are_left_as_they_were() -> None:
 def test_bad_input_is_named() -> None:
     weight = weights_of(3, 4, 10)
     with pytest.raises(ValueError, match=r"4 columns has no covariance of shape \(3, 3\)"):
-        gptq(weight, torch.eye(3), bits=6, clip_sigma=None, damping=0.01)
+        gptq(weight, inputs_with(torch.eye(3), damping=0.01), 6, None)
     with pytest.raises(ValueError, match="covariance of the inputs is not finite"):
-        gptq(weight, torch.full((4, 4), torch.nan), bits=6, clip_sigma=None, damping=0.01)
+        gptq(weight, inputs_with(torch.full((4, 4), torch.nan), damping=0.01), 6, None)
     with pytest.raises(ValueError, match="not positive semidefinite"):
-        gptq(weight, torch.eye(4) - 9e6 * torch.eye(4).flip(0), bits=6, clip_sigma=None, damping=0.01)
+        gptq(weight, inputs_with(torch.eye(4) - 9e6 * torch.eye(4).flip(0), damping=0.01), 6, None)
     with pytest.raises(InputError, match="not finite cannot be quantised"):
-        gptq(torch.full((3, 4), torch.inf), torch.eye(4), bits=6, clip_sigma=None, damping=0.01)
+        gptq(torch.full((3, 4), torch.inf), inputs_with(torch.eye(4), damping=0.01), 6, None)

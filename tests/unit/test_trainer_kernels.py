@@ -207,8 +207,3 @@ def test_nothing_is_fused_where_the_kernels_cannot_run() -> None:
     assert not triton_operators.fusible(torch.zeros(1))
     assert not triton_operators.fusible(torch.zeros(1, dtype=torch.bfloat16))
     assert not triton_operators.fusible_mlp(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(8, 8))
-
-
-@pytest.mark.parametrize(("size", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
-def test_power_of_two(size: int, power: int) -> None:
-    assert triton_operators.power_of_two(size) == power

@@ -15,10 +15,11 @@ on CUDA, differentiable, in a compiled pass or not:
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from trainer.model.eager import EPS
-from trainer.model.triton_operators import launch, operator, power_of_two
+from trainer.model.triton_operators import launch, operator
 
 _TINY = 1e-12  # as torch.nn.functional.normalize
 _BLOCK_TOKENS = 8
@@ -32,13 +33,19 @@ def _launch(kernel: str, tokens: int, heads: int, *arguments: Any, **constants: 
         *arguments,
         **constants,
         BLOCK_TOKENS=_BLOCK_TOKENS,
-        BLOCK_DIM=power_of_two(constants["DIM"]),
+        BLOCK_DIM=triton.next_power_of_2(constants["DIM"]),
     )
 
 
 def _head_constants(cos: Tensor, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
     half = cos.shape[-1]
-    return {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": head_dim, "HALF": half, "BLOCK_HALF": power_of_two(half)}
+    return {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "DIM": head_dim,
+        "HALF": half,
+        "BLOCK_HALF": triton.next_power_of_2(half),
+    }
 
 
 @operator("caddie::normed_heads")  # type: ignore[untyped-decorator]  # torch's own

@@ -10,42 +10,34 @@ of the logits is ever made, as in Cut Cross-Entropy (arXiv:2411.09009) and the p
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from trainer.model.triton_operators import launch, operator, power_of_two
+from trainer.model.triton_operators import launch, operator
 
 _BLOCK = 2048
+
+
+def _launch(kernel: str, logits: Tensor, targets: Tensor, *others: Tensor, cap: float) -> None:
+    rows, columns = logits.shape
+    block = min(_BLOCK, triton.next_power_of_2(columns))
+    arguments = (logits.contiguous(), targets.contiguous(), *others, columns)
+    launch("loss_kernels", kernel, rows, *arguments, CAP=cap, BLOCK=block)
 
 
 @operator("caddie::capped_losses")  # type: ignore[untyped-decorator]  # torch's own
 def _capped_losses(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """What `capped_losses` gives, and the log-partition of each row, (rows,) float32."""
-    rows, columns = logits.shape
-    nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    nats = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     partitions = torch.empty_like(nats)
-    launch(
-        "loss_kernels",
-        "losses_forward",
-        rows,
-        *(logits.contiguous(), targets.contiguous(), nats, partitions, columns),
-        CAP=cap,
-        BLOCK=min(_BLOCK, power_of_two(columns)),
-    )
+    _launch("losses_forward", logits, targets, nats, partitions, cap=cap)
     return nats, partitions
 
 
 @operator("caddie::capped_losses_backward")  # type: ignore[untyped-decorator]  # as above
 def _capped_losses_backward(logits: Tensor, targets: Tensor, partitions: Tensor, d_nats: Tensor, cap: float) -> Tensor:
-    rows, columns = logits.shape
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    launch(
-        "loss_kernels",
-        "losses_backward",
-        rows,
-        *(logits.contiguous(), targets.contiguous(), partitions, d_nats.contiguous(), d_logits, columns),
-        CAP=cap,
-        BLOCK=min(_BLOCK, power_of_two(columns)),
-    )
+    _launch("losses_backward", logits, targets, partitions, d_nats.contiguous(), d_logits, cap=cap)
     return d_logits
 
 

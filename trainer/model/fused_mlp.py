@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 _ROWS, _COLUMNS, _INNER = 128, 256, 64
 _GROUP, _STAGES, _WARPS = 8, 3, 8
@@ -43,7 +44,7 @@ def _product(first: Tensor, second: Tensor, before: Tensor, after: Tensor, *, sl
     )
 
 
-@torch.library.custom_op("caddie::squared_mlp", mutates_args={})
+@custom_op("caddie::squared_mlp", mutates_args={})
 def _squared_mlp(x: Tensor, fc: Tensor, proj: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     """What `squared_mlp` gives for rows (rows, dim), and, for the way back, the hidden rows before and after their
     activation, (rows, hidden)."""
@@ -59,7 +60,7 @@ def _(x: Tensor, fc: Tensor, proj: Tensor, slope: float) -> tuple[Tensor, Tensor
     return x.new_empty((x.shape[0], proj.shape[0])), before, torch.empty_like(before)
 
 
-@torch.library.custom_op("caddie::squared_mlp_backward", mutates_args={})
+@custom_op("caddie::squared_mlp_backward", mutates_args={})
 def _squared_mlp_backward(  # noqa: PLR0917 - operators take tensors by position
     gradient: Tensor, x: Tensor, fc: Tensor, proj: Tensor, before: Tensor, after: Tensor, slope: float, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

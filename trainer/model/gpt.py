@@ -31,7 +31,7 @@ from trainer.model.bigrams import bigram_rows
 from trainer.model.blocks import Block, BlockWeights
 from trainer.model.eager import linear
 from trainer.model.head import PLAIN, LossTerms, capped_logits
-from trainer.model.input_statistics import InputCovariance, MakeInputStatistics, WholeInputCovariance
+from trainer.model.input_statistics import InputCovariance, watching
 from trainer.model.norm import rms_norm
 from trainer.model.regions import Regions
 from trainer.model.smear import first_tokens, smear
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         self.value_emb = nn.Embedding(config.vocab_size, values.dim) if values else None
         self.value_proj = Projection(values.dim, config.kv_dim) if values else None
         self.bigram_inputs = self.value_inputs = self.head_inputs = None
-        watch_inputs = _watching(track_inputs)
+        watch_inputs = watching(track_inputs)
         if watch_inputs is not None:
             self.bigram_inputs = watch_inputs(bigrams.dim) if bigrams else None
             self.value_inputs = watch_inputs(values.dim) if values else None
@@ -340,12 +340,6 @@ class GPT(nn.Module):
         row_weights = None if weights is None else weights.flatten()
         cap = self.config.logit_softcap
         return self.regions.objective(x, head, targets.flatten(), cap, terms=terms, row_weights=row_weights)
-
-
-def _watching(track_inputs: float | Literal["all"] | None) -> MakeInputStatistics | None:
-    if track_inputs is None:
-        return None
-    return WholeInputCovariance if track_inputs == "all" else partial(InputCovariance, decay=track_inputs)
 
 
 def _finish(x: Tensor, adapter: LowRank | None) -> Tensor:

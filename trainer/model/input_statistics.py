@@ -8,6 +8,8 @@ in float32: rounded to bfloat16 they would be off by more than the damping that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +61,10 @@ class WholeInputCovariance(InputCovariance):
 
 MakeInputStatistics = Callable[[int], InputCovariance]
 """The width of an input -> what watches it."""
+
+
+def watching(track_inputs: float | Literal["all"] | None) -> MakeInputStatistics | None:
+    """Running ones that decay so fast, or whole ones of `all` passes; None for none."""
+    if track_inputs is None:
+        return None
+    return WholeInputCovariance if track_inputs == "all" else partial(InputCovariance, decay=track_inputs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 SWITCH = "CADDIE_KERNELS"
 HAS_KERNELS = (
@@ -46,15 +47,10 @@ def fusible_mlp(x: Tensor, fc: Tensor) -> bool:
 
 def operator(name: str) -> Any:
     """A decorator: a function of tensors that launches kernels, which a compiler sees, becomes the operator `name`."""
-    return torch.library.triton_op(name, mutates_args={})
+    return triton_op(name, mutates_args={})
 
 
 def launch(module: str, kernel: str, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel of `trainer.model.MODULE`, which is imported here and not before, as it imports Triton."""
     found = getattr(import_module(f"trainer.model.{module}"), kernel)
-    torch.library.wrap_triton(found)[(programs,)](*arguments, **constants)
-
-
-def power_of_two(size: int) -> int:
-    """The least that is not smaller."""
-    return 1 << (size - 1).bit_length()
+    wrap_triton(found)[(programs,)](*arguments, **constants)

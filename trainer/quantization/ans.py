@@ -24,9 +24,8 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.quantization.coding import CodingError, decode, decode_halves, encode, encode_halves
+from trainer.quantization.coding import CodingError, Values, decode, decode_halves, encode, encode_halves
 
-Values = NDArray[np.int8]
 _Counts = NDArray[np.int64]
 
 _HEAD = struct.Struct("<BBbbI")

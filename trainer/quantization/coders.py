@@ -5,13 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainer.config import CODER_MODULES, Coder
-from trainer.quantization.coding import CodingError, decode, encode
-
-Values = NDArray[np.int8]
-"""(rows, columns)"""
+from trainer.export_config import CODER_MODULES, Coder
+from trainer.quantization.coding import CodingError, Values, decode, encode
 
 
 def encode_with(coder: Coder, values: Values) -> bytes:

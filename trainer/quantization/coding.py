@@ -10,6 +10,12 @@ from __future__ import annotations
 
 import zlib
 
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.int8]
+"""Integers of a matrix, (rows, columns)."""
+
 LEVEL = 9
 _MEMORY_LEVEL = 9
 _STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)

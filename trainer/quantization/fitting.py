@@ -18,8 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trainer.config import FITTED_BITS, FITTED_SLACK
 from trainer.errors import InputError
+from trainer.export_config import FITTED_BITS, FITTED_SLACK
 from trainer.quantization.rounding import largest_value, round_rows, round_to_half
 
 Weights = Mapping[str, Tensor]
@@ -53,23 +53,27 @@ def steps(weights: Weights, costs: Costs, factor: float) -> Scales:
 
 
 def fitted(weights: Weights, costs: Costs, rounded: Callable[[Scales], tuple[Found, int]], target: int) -> Found:
-    """What `rounded` made of the steps with which the artifact fills `target` bytes, to half a percent.
+    """What `rounded` made of the steps with which the artifact fills `target` bytes, to half a percent, or as nearly
+    as the bytes of so few integers let it.
 
     `rounded` takes steps and gives anything, and the bytes of the artifact with it. Raises InputError if the bytes are
     too few for any steps.
     """
     beside = 0.0  # what an artifact has beside the integers' entropy
+    best: tuple[int, Found] | None = None
     for _ in range(_ROUNDS):
         factor = _factor(weights, costs, _AIM * target - beside)
         scales = steps(weights, costs, factor)
         found, size = rounded(scales)
         finest = steps(weights, costs, 0.0)
         exhausted = all(torch.equal(scales[name], finest[name]) for name in scales)
-        if size <= target and (exhausted or size >= (1 - FITTED_SLACK) * target):
-            return found
+        if size <= target and (best is None or size > best[0]):
+            best = size, found
+        if best is not None and (exhausted or best[0] >= (1 - FITTED_SLACK) * target):
+            return best[1]
         beside = size - _entropy_bytes(weights, scales)
-        if beside >= target:
-            break
+    if best is not None:
+        return best[1]
     raise InputError(
         f"export.target_bytes {target} cannot be met: code, scales and vectors alone take {math.ceil(beside)} bytes; "
         "give more, or train a smaller model"

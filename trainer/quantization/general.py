@@ -11,11 +11,8 @@ import lzma
 import brotli
 import numpy as np
 import zstandard
-from numpy.typing import NDArray
 
-from trainer.quantization.coding import CodingError
-
-Values = NDArray[np.int8]
+from trainer.quantization.coding import CodingError, Values
 
 _BROTLI_QUALITY, _BROTLI_WINDOW = 11, 24
 _ZSTD_LEVEL = 22

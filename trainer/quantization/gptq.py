@@ -34,35 +34,56 @@ class Rounded(NamedTuple):
     nearest_cost: float
 
 
-def gptq(
-    weight: Tensor,
-    covariance: Tensor,
-    bits: int,
-    clip_sigma: float | None,
-    *,
-    damping: float,
-    scales: Tensor | None = None,
-) -> Rounded:
-    """`weight` (rows, columns) and E[x x^T] (columns, columns) of its inputs -> its integers. `scales` (rows,) fp16
-    take the place of those that `clip_sigma` gives.
+class Inputs(NamedTuple):
+    """What is known of a matrix's inputs, factorised once for all steps that are tried."""
 
-    `damping` times the mean of the diagonal is added to it, ten times as much where that does not make it positive
-    definite. Computes where `weight` lies; a covariance of zeros is rounding to nearest. Raises ValueError for shapes
-    that do not go together or a covariance that is not one, InputError for weights that are not finite.
-    """
-    nearest, halves = quantize(weight, bits, clip_sigma, scales)
-    columns = weight.shape[1]
-    if tuple(covariance.shape) != (columns, columns):
-        raise ValueError(f"a weight with {columns} columns has no covariance of shape {tuple(covariance.shape)}")
+    covariance: Tensor
+    """E[x x^T], (columns, columns) float64."""
+    order: Tensor
+    """In which columns are rounded."""
+    upper: Tensor | None
+    """U of the formula above for columns in that order, float32; None where all inputs were zero."""
+
+    @property
+    def flatness(self) -> float:
+        """Geometric over arithmetic mean of the damped covariance's eigenvalues: at most 1; 1 for zeros.
+
+        GPTQ leaves of the cost of rounding to nearest about this share, where steps are small: its errors weigh as much
+        as the pivots of a Cholesky factorisation, whose product is the determinant in any order.
+        """
+        if self.upper is None:
+            return 1.0
+        pivots = -2 * self.upper.diagonal().double().log()
+        return float(torch.exp(pivots.mean()) / self.covariance.diagonal().mean())
+
+
+def inputs_with(covariance: Tensor, *, damping: float) -> Inputs:
+    """Of E[x x^T] (columns, columns): `damping` times the mean of the diagonal is added to it, ten times as much where
+    that does not make it positive definite. Raises ValueError for what is no such matrix."""
+    if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"a covariance is square, not of shape {tuple(covariance.shape)}")
     if not bool(torch.isfinite(covariance).all()):
         raise ValueError("the covariance of the inputs is not finite")
-    weight, steps = weight.detach().float(), halves.float().unsqueeze(1)
     exact = covariance.double()
     mean = exact.diagonal().mean()
-    if not bool(mean > 0):
-        return Rounded(values=nearest, scales=halves, cost=0.0, nearest_cost=0.0)
     order = exact.diagonal().argsort(descending=True, stable=True)
-    upper = _inverse_root(exact[order][:, order], damping * mean)
+    upper = _inverse_root(exact[order][:, order], damping * mean) if bool(mean > 0) else None
+    return Inputs(covariance=exact, order=order, upper=upper)
+
+
+def gptq(weight: Tensor, inputs: Inputs, bits: int, clip_sigma: float | None, scales: Tensor | None = None) -> Rounded:
+    """`weight` (rows, columns) -> its integers. `scales` (rows,) fp16 take the place of those that `clip_sigma` gives.
+
+    Computes where `weight` and `inputs` lie; inputs of zeros are rounding to nearest. Raises ValueError for shapes that
+    do not go together, InputError for weights that are not finite.
+    """
+    nearest, halves = quantize(weight, bits, clip_sigma, scales)
+    exact, order, upper = inputs
+    if len(order) != weight.shape[1]:
+        raise ValueError(f"a weight with {weight.shape[1]} columns has no covariance of shape {tuple(exact.shape)}")
+    if upper is None:
+        return Rounded(values=nearest, scales=halves, cost=0.0, nearest_cost=0.0)
+    weight, steps = weight.detach().float(), halves.float().unsqueeze(1)
     values = torch.empty_like(nearest)
     values[:, order] = _rounded(weight[:, order], steps, upper, bits)
     costs, nearest_costs = (_costs(weight - found.float() * steps, exact) for found in (values, nearest))
@@ -73,20 +94,6 @@ def gptq(
         cost=float(torch.minimum(costs, nearest_costs).sum()),
         nearest_cost=float(nearest_costs.sum()),
     )
-
-
-def flatness(covariance: Tensor, *, damping: float) -> float:
-    """Geometric over arithmetic mean of the eigenvalues of E[x x^T], damped as `gptq` damps it: at most 1.
-
-    GPTQ leaves of the cost of rounding to nearest about this share, where steps are small: its errors weigh as much as
-    the pivots of a Cholesky factorisation, whose product is the determinant in any order. 1 for zeros.
-    """
-    exact = covariance.double()
-    mean = exact.diagonal().mean()
-    if not bool(mean > 0):
-        return 1.0
-    upper = _inverse_root(exact, damping * mean).double()
-    return float(torch.exp(-2 * upper.diagonal().log().mean()) / mean)
 
 
 def _inverse_root(covariance: Tensor, ridge: Tensor) -> Tensor:
